@@ -1,0 +1,12 @@
+"""Low-rank adapters with a core, as a PEFT method. Importing corelora registers the type CORELORA with PEFT."""
+
+from corelora.peft_plugin import register as _register
+
+_register()
+
+from corelora.config import CoreLoraConfig  # noqa: E402
+from corelora.spec import list_methods, register_method  # noqa: E402
+from corelora.stats import InputStats, collect_stats  # noqa: E402
+
+__all__ = ["CoreLoraConfig", "InputStats", "collect_stats", "list_methods", "register_method"]
+__version__ = "0.1.0"

@@ -1,0 +1,279 @@
+"""How the outer factors A[r,i] and B[o,r] begin: pure functions of a weight W[o,i] and, for AwSVD, input statistics.
+
+Every start answers with an `OuterStart`. Slices of W (Nyström) are answered by their indices and transforms, not
+copied: `A0 = a_transform W[rows, :]` and `B0 = W[:, cols] b_transform`, so that a float base needs no storage for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from corelora.errors import CoreLoraError
+from corelora.registry import OUTERS, SAMPLINGS
+from corelora.spec import AdapterSpec
+
+STATS_FLOOR = 1e-3  # of the mean: a channel that never fired must not be divided by zero
+
+
+class Weight(Protocol):
+    """What a start may ask of a base weight; storage.py implements it for plain and quantised layers."""
+
+    shape: tuple[int, int]
+
+    def full(self) -> Tensor:
+        """W[o,i] in float32."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """W[index, :] in float32."""
+
+    def cols(self, index: Tensor) -> Tensor:
+        """W[:, index] in float32."""
+
+
+@dataclass(kw_only=True)
+class OuterStart:
+    """What an outer start gives.
+
+    Attributes:
+        A: [r,i], or None where A is a slice of W.
+        B: [o,r], or None where B is a slice of W.
+        core: [r,r], the first core that comes with the outer factors (Nyström), before any scaling by `scale`.
+        singular: [r], the singular values (SVD and AwSVD).
+        rows: [r], indices into the rows of W, for A.
+        cols: [r], indices into the columns of W, for B.
+        a_transform: [r] (a factor a row) or [r,r], applied to W[rows, :] from the left.
+        b_transform: [r] (a factor a column) or [r,r], applied to W[:, cols] from the right.
+    """
+
+    A: Tensor | None = None
+    B: Tensor | None = None
+    core: Tensor | None = None
+    singular: Tensor | None = None
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    a_transform: Tensor | None = None
+    b_transform: Tensor | None = None
+
+
+OuterFunction = Callable[[Weight, AdapterSpec, "Tensor | None", torch.Generator], OuterStart]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """An entry of the OUTERS table.
+
+    Attributes:
+        make: the function (weight, spec, channel scale d[i] or None, generator) -> OuterStart.
+        zero_b: B starts at zero.
+        needs_rank: r must not exceed the weight's smaller side.
+        needs_stats: wants the channel scale d.
+        decomposes: costly to make again and sensitive to rounding, so its factors are stored.
+    """
+
+    make: OuterFunction
+    zero_b: bool = False
+    needs_rank: bool = False
+    needs_stats: bool = False
+    decomposes: bool = False
+
+
+def outer_start(name: str, **properties: bool) -> Callable[[OuterFunction], OuterFunction]:
+    """Decorator that adds a function to the OUTERS table under `name`."""
+
+    def add(make: OuterFunction) -> OuterFunction:
+        OUTERS.add(name, Outer(make=make, **properties))
+        return make
+
+    return add
+
+
+def kaiming_uniform(shape: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
+    """Kaiming uniform with a = sqrt(5), as nn.Linear's own: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+    Drawn on the CPU from `generator` (the global one where None), so that a seed gives the same factors everywhere.
+    """
+    bound = 1 / math.sqrt(shape[1]) if shape[1] else 0.0
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+@outer_start("kaiming", zero_b=True)
+def kaiming(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Generator) -> OuterStart:
+    """LoRA's start: A Kaiming, B zero. Hu 2021, section 4.1."""
+    o, i = weight.shape
+    source = None if spec.trains("A") else generator  # a frozen A must be repeatable, a trained one follows the run
+    return OuterStart(A=kaiming_uniform((spec.r, i), source), B=torch.zeros(o, spec.r))
+
+
+@outer_start("random")
+def random(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Generator) -> OuterStart:
+    """Both outer factors Kaiming uniform, for methods that freeze them."""
+    o, i = weight.shape
+    return OuterStart(A=kaiming_uniform((spec.r, i), generator), B=kaiming_uniform((o, spec.r), generator))
+
+
+def truncated_svd(W: Tensor, r: int, solver: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The top r singular triplets of W[o,i]: U[o,r], S[r], Vh[r,i].
+
+    Args:
+        W: float32 matrix.
+        r: number of triplets, at most min(o, i).
+        solver: "exact"; "randomized" (range finder with power iterations, Halko 2011, seeded); or "auto", which takes
+            the randomised one where it saves work (r under a quarter of a side of at least 1,024).
+        generator: for the randomised solver's test matrix.
+
+    The sign of each triplet is set so that the largest entry of each row of Vh is positive: decompositions on two
+    machines then agree wherever the singular values are apart.
+    """
+    small = min(W.shape)
+    randomized = solver == "randomized" or (solver == "auto" and small >= 1024 and 4 * r <= small)
+    if randomized:
+        U, S, Vh = _randomized_svd(W, r, generator)
+    else:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    sign = torch.sign(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)))
+    sign = torch.where(sign == 0, torch.ones_like(sign), sign)
+    return U * sign.T, S, Vh * sign
+
+
+def _randomized_svd(W: Tensor, r: int, generator: torch.Generator, iterations: int = 4) -> tuple[Tensor, ...]:
+    width = min(r + max(16, r // 4), min(W.shape))
+    test = torch.randn(W.shape[1], width, generator=generator).to(W)
+    Q = torch.linalg.qr(W @ test).Q
+    for _ in range(iterations):  # a QR on each side: without it the small directions drown in rounding
+        Q = torch.linalg.qr(W.T @ Q).Q
+        Q = torch.linalg.qr(W @ Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+    return (Q @ U)[:, :r], S[:r], Vh[:r]
+
+
+def _place_singular_values(U: Tensor, S: Tensor, Vh: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """(A, B) with S in B (`left`), in A (`right`) or half in each (`split`). NoRA paper, Table 8."""
+    if where == "left":
+        return Vh, U * S
+    if where == "right":
+        return S[:, None] * Vh, U
+    root = S.sqrt()
+    return root[:, None] * Vh, U * root
+
+
+@outer_start("svd", needs_rank=True, decomposes=True)
+def svd(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Generator) -> OuterStart:
+    """Top r of W = U S V^T; with `split` and everything trained it is PiSSA (Meng 2024, Eq. 2 to 4)."""
+    U, S, Vh = truncated_svd(weight.full(), spec.r, spec.svd_solver, generator)
+    A, B = _place_singular_values(U, S, Vh, spec.choices.singular_values)
+    return OuterStart(A=A, B=B, singular=S)
+
+
+@outer_start("awsvd", needs_rank=True, needs_stats=True, decomposes=True)
+def awsvd(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Generator) -> OuterStart:
+    """Activation-aware SVD: W D = U S V^T, B = U S, A = V^T D^-1, so that B A approximates W where inputs are large.
+
+    NoRA paper, section 3.3 and Algorithm 1. `d` None takes Algorithm 1's own numbers, the mean of |W| over rows.
+    """
+    W = weight.full()
+    d = W.abs().mean(dim=0) if d is None else d.to(W)
+    d = floored(d)
+    U, S, Vh = truncated_svd(W * d, spec.r, spec.svd_solver, generator)
+    A, B = _place_singular_values(U, S, Vh, spec.choices.singular_values)
+    return OuterStart(A=A / d, B=B, singular=S)
+
+
+def floored(d: Tensor) -> Tensor:
+    """The channel scale d[i] with dead channels lifted to a small part of the mean.
+
+    Raises:
+        CoreLoraError: d has NaN or infinite entries, is negative somewhere, or zero everywhere.
+    """
+    if not torch.isfinite(d).all():
+        raise CoreLoraError("input statistics hold NaN or infinite values")
+    if (d < 0).any() or not (d > 0).any():
+        raise CoreLoraError("input statistics must be non-negative and not all zero")
+    return d.clamp(min=STATS_FLOOR * float(d.mean()))
+
+
+@outer_start("nystrom", needs_rank=True)
+def nystrom(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Generator) -> OuterStart:
+    """A = W[rows, :], B = W[:, cols], core = W[rows, cols] or its pseudo-inverse. NLoRA paper, section 3 and Eq. 6.
+
+    The core is what `B core A` needs for the starting product after scaling: the inverse transforms go into it.
+    """
+    sample = SAMPLINGS[spec.choices.sampling]
+    rows = sample(weight, 0, spec.r, generator)
+    cols = sample(weight, 1, spec.r, generator)
+    return nystrom_at(weight, spec, rows, cols)
+
+
+def nystrom_at(weight: Weight, spec: AdapterSpec, rows: Tensor, cols: Tensor) -> OuterStart:
+    """The Nyström start at known indices rows[r], cols[r]: what a load runs again on the base weight."""
+    row_slice, col_slice = weight.rows(rows), weight.cols(cols)
+    check_finite(row_slice, col_slice)
+    core = row_slice[:, cols.to(row_slice.device)]
+    if spec.choices.core_start == "pinv":
+        core = pseudo_inverse(core, spec.choices.pinv_rtol)
+    a_transform, a_inverse = slice_transform(row_slice, spec.choices.slice_scale)
+    b_transform, b_inverse = slice_transform(col_slice.T, spec.choices.slice_scale)
+    if a_inverse is not None and b_inverse is not None:
+        core = _left(b_inverse, _right(core, a_inverse))
+    return OuterStart(rows=rows, cols=cols, core=core, a_transform=a_transform, b_transform=b_transform)
+
+
+def check_finite(*tensors: Tensor) -> None:
+    """Raise CoreLoraError where a weight holds NaN or infinity: a start made of it would poison the run."""
+    if not all(bool(torch.isfinite(t).all()) for t in tensors):
+        raise CoreLoraError("the base weight holds NaN or infinite values")
+
+
+def pseudo_inverse(core: Tensor, rtol: float | None) -> Tensor:
+    """Moore-Penrose inverse of core[r,r] in float64; singular values under rtol times the largest count as zero.
+
+    `rtol=None` cuts nothing but exact zeros, which is Eq. 6 as printed: with leading rows and columns of a real weight
+    the result has entries of 1 over the smallest singular value.
+    """
+    U, S, Vh = torch.linalg.svd(core.double())
+    keep = (0.0 if rtol is None else rtol) * S[0] < S
+    inverse = torch.where(keep, 1 / S.where(keep, torch.ones_like(S)), torch.zeros_like(S))
+    return ((Vh.T * inverse) @ U.T).to(core.dtype)
+
+
+def slice_transform(rows: Tensor, scale: str) -> tuple[Tensor | None, Tensor | None]:
+    """What makes the rows of a slice[r,i] unit or orthonormal, and its inverse: ([r] or [r,r], the same) or Nones.
+
+    `orthonormal` is the symmetric inverse root (Y Y^T)^(-1/2): unlike QR or SVD it is continuous in the slice and has
+    no sign to choose, so that it can be made again from the base weight at load.
+    """
+    if scale == "none":
+        return None, None
+    if scale == "unit":
+        norm = rows.norm(dim=1)
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        return 1 / norm, norm
+    values, vectors = torch.linalg.eigh(rows.double() @ rows.double().T)
+    root = values.clamp(min=1e-10 * float(values[-1].clamp(min=1e-30))).sqrt()
+    transform = (vectors / root) @ vectors.T
+    inverse = (vectors * root) @ vectors.T
+    return transform.to(rows.dtype), inverse.to(rows.dtype)
+
+
+def _left(t: Tensor, M: Tensor) -> Tensor:
+    return t[:, None] * M if t.ndim == 1 else t @ M
+
+
+def _right(M: Tensor, t: Tensor) -> Tensor:
+    return M * t if t.ndim == 1 else M @ t
+
+
+def transformed_rows(slice_: Tensor, transform: Tensor | None) -> Tensor:
+    """transform W[rows, :]: [r,i] from a slice [r,i] and a transform [r], [r,r] or None."""
+    return slice_ if transform is None else _left(transform.to(slice_), slice_)
+
+
+def transformed_cols(slice_: Tensor, transform: Tensor | None) -> Tensor:
+    """W[:, cols] transform: [o,r] from a slice [o,r] and a transform [r], [r,r] or None."""
+    return slice_ if transform is None else _right(slice_, transform.to(slice_))

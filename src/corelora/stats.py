@@ -1,0 +1,319 @@
+"""Input statistics for activation-aware starts: one streaming pass over given batches.
+
+For each targeted layer the mean over tokens of |x_j|, one number for each column j of W[o,i]: an input channel of a
+linear layer, a kernel column of a convolution, a token of an embedding (there |x_j| is one-hot, so its frequency).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from corelora.errors import CoreLoraError
+from corelora.layers import ConvView, View, view_of
+from corelora.registry import OUTERS
+from corelora.spec import AdapterSpec
+from corelora.storage import BaseWeight, backend_of
+
+_FORMAT = "corelora-input-stats-1"
+HOW_TO = (
+    "collect them with `stats = corelora.collect_stats(model, batches)` and pass `stats=stats` (or a path to saved "
+    "ones), or pass `stats='weight'` to use the weight's own column means"
+)
+
+
+@dataclass
+class InputStats:
+    """Mean absolute inputs by layer name.
+
+    Attributes:
+        mean_abs: layer name -> [i], mean over tokens of |x_j|, float32 on the CPU.
+        tokens: layer name -> how many tokens (positions, for images) were seen.
+        samples: layer name -> a few entries of its weight, which tell whether a model is the same.
+    """
+
+    mean_abs: dict[str, Tensor]
+    tokens: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of names and values."""
+        digest = hashlib.sha256()
+        for name in sorted(self.mean_abs):
+            digest.update(name.encode())
+            digest.update(self.mean_abs[name].float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file; it appears whole or not at all.
+
+        Args:
+            path: the file's path, `.safetensors` by custom.
+        """
+        tensors = {f"mean_abs/{n}": t.float().contiguous() for n, t in self.mean_abs.items()}
+        tensors |= {f"sample/{n}": t.float().contiguous() for n, t in self.samples.items()}
+        temporary = f"{os.fspath(path)}.tmp"
+        save_file(tensors, temporary, metadata={"format": _FORMAT, "tokens": json.dumps(self.tokens)})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> InputStats:
+        """Read what `save` wrote.
+
+        Raises:
+            CoreLoraError: the file is missing, broken, or holds something else.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CoreLoraError(f"statistics {os.fspath(path)}: can't be read ({error}); {HOW_TO}") from None
+        if metadata.get("format") != _FORMAT:
+            raise CoreLoraError(f"statistics {os.fspath(path)}: not a file of input statistics; {HOW_TO}")
+        split: dict[str, dict[str, Tensor]] = {"mean_abs": {}, "sample": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            split[kind][name] = tensor
+        return cls(split["mean_abs"], json.loads(metadata["tokens"]), split["sample"])
+
+
+def plain_name(key: str) -> str:
+    """A module's name without what PEFT puts around it: "base_model.model.x.base_layer" is "x"."""
+    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _matches(name: str, targets: str | Iterable[str] | None) -> bool:
+    if targets is None or targets == "all-linear":
+        return True
+    names = [targets] if isinstance(targets, str) else targets
+    return any(name == t or name.endswith(f".{t}") for t in names)
+
+
+class _Running:
+    """A sum of |x_j| in float64 and a count, on the layer's own device."""
+
+    def __init__(self, view: View) -> None:
+        self.view, self.count = view, 0
+        self.total: Tensor | None = None
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        sums, count = _column_sums(x.detach(), mask, self.view)
+        sums = sums.double()
+        self.total = sums if self.total is None else self.total + sums
+        self.count += count
+
+
+def _column_sums(x: Tensor, mask: Tensor | None, view: View) -> tuple[Tensor, int]:
+    """(sum over tokens of |x_j| [i], number of tokens); masked tokens count for nothing."""
+    if view.takes_ids:
+        ids = x if mask is None else x[mask]
+        return torch.bincount(ids.flatten(), minlength=view.shape[1]), ids.numel()
+    if isinstance(view, ConvView):
+        return _conv_column_sums(x.abs().float(), view)
+    rows = x[mask] if mask is not None else x.reshape(-1, x.shape[-1])
+    # A float32 sum over one batch is enough; the running sum over batches is float64.
+    return rows.abs().float().sum(dim=0), rows.shape[0]
+
+
+def _conv_column_sums(x: Tensor, view: ConvView) -> tuple[Tensor, int]:
+    """The same for a kernel's columns [channels / groups * kernel]: what each kernel entry is multiplied with."""
+    channels = view.weight_shape[1]
+    one_hot = torch.eye(view.shape[1], device=x.device).reshape(view.shape[1], *view.weight_shape[1:])
+    groups = x.shape[1] // channels
+    total, positions = torch.zeros(view.shape[1], device=x.device), 0
+    single = ConvView(**{**view.__dict__, "groups": 1})
+    for part in x.split(channels, dim=1):
+        out = single.convolve(part, one_hot)
+        total += out.transpose(0, 1).flatten(1).sum(dim=1)
+        positions = out[:, 0].numel()
+    return total / groups, positions
+
+
+@torch.no_grad()
+def collect_stats(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    target_modules: str | Iterable[str] | None = None,
+    *,
+    progress: bool = True,
+) -> InputStats:
+    """Run the model over batches and record the mean absolute input of each layer that can be adapted.
+
+    One pass; memory does not grow with the number of batches. Tokens whose `attention_mask` is 0 don't count. Works
+    on a model that is spread over devices: each layer's sum stays on that layer's device. Adapters are switched off
+    where the model has them only by the caller; the inputs are those that the layers see.
+
+    Args:
+        model: the model, in whatever mode; dropout is switched off meanwhile.
+        batches: mappings of model inputs, or single tensors.
+        target_modules: names (suffixes) to record; all layers of a supported kind where None.
+        progress: show a progress bar once two seconds have passed.
+
+    Returns:
+        The statistics, ready for `CoreLoraConfig(stats=...)`.
+
+    Raises:
+        CoreLoraError: no layer matches, there is no batch, or a layer saw no token.
+    """
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    names = None if targets is None or "all-linear" in targets else list(targets)
+    layers = {plain_name(key): layer for key, layer in _adaptable(model) if _matches(plain_name(key), names)}
+    if not layers:
+        raise CoreLoraError(f"collect_stats: target_modules {target_modules!r} match no layer of a supported kind")
+    running = {name: _Running(view_of(layer)) for name, layer in layers.items()}  # type: ignore[arg-type]
+    with _recording(model, layers, running) as set_mask:
+        seen = 0
+        for batch in tqdm(batches, desc="input statistics", unit="batch", disable=not progress, delay=2):
+            set_mask(batch)
+            _run(model, batch)
+            seen += 1
+    if not seen:
+        raise CoreLoraError("collect_stats: no batch was given")
+    return _result(layers, running)
+
+
+def _result(layers: dict[str, nn.Module], running: dict[str, _Running]) -> InputStats:
+    silent = [name for name, r in running.items() if r.count == 0]
+    if len(silent) == len(running):
+        raise CoreLoraError("collect_stats: no layer saw a token; are all tokens masked?")
+    mean_abs, samples = {}, {}
+    for name, r in running.items():
+        if r.total is not None and r.count:
+            mean_abs[name] = (r.total / r.count).float().cpu()
+            samples[name] = _sample(layers[name])
+    return InputStats(mean_abs, {n: running[n].count for n in mean_abs}, samples)
+
+
+def _sample(layer: nn.Module) -> Tensor:
+    view = view_of(layer)
+    assert view is not None
+    return BaseWeight(layer, view, backend_of(layer)).sample()
+
+
+def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: list[str] = []
+    for key, module in model.named_modules():
+        if any(key.startswith(p) for p in inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(key + ".")
+            module = module.get_base_layer()
+        if view_of(module) is not None:
+            yield key, module
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, layers: dict[str, nn.Module], running: dict[str, _Running]
+) -> Iterator[Callable[[Any], None]]:
+    """Hooks on the layers for the time of the pass; yields a function that takes the batch's masks."""
+    masks: dict[str, Tensor] = {}
+
+    def set_mask(batch: Any) -> None:
+        masks.clear()
+        if isinstance(batch, Mapping):
+            masks.update({k: v for k, v in batch.items() if k.endswith("attention_mask") and v is not None})
+
+    def hook(name: str) -> Callable:
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            running[name].add(x, _mask_for(name, x, masks))
+
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in layers.items()]
+    training = model.training
+    model.eval()
+    try:
+        yield set_mask
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def _mask_for(name: str, x: Tensor, masks: dict[str, Tensor]) -> Tensor | None:
+    """The padding mask [batch, tokens] that fits a layer's input, as booleans; None where none does (images)."""
+    order = sorted(masks, key=lambda key: ("decoder" in key) != ("decoder" in name))
+    for key in order:
+        mask = masks[key].to(x.device).bool()
+        if mask.ndim != 2:
+            continue
+        if x.shape[:2] == mask.shape:
+            return mask
+        if x.ndim == 2 and x.shape[0] == mask.numel():  # tokens flattened into one axis
+            return mask.flatten()
+    return None
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:
+    device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        model(batch.to(device))
+    else:
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+        model(**inputs)
+
+
+def channel_scale(stats: InputStats | None, key: str, view: View, spec: AdapterSpec) -> Tensor | None:
+    """d[i] = mean |x_j| ^ power for the layer `key`; None where the start takes none or has the weight's own.
+
+    With the power 0.5 this is the NoRA paper's Eq. 3, read as one number for each input channel; ASVD has the power
+    as a setting (Yuan 2023).
+    """
+    if stats is None or not OUTERS[spec.choices.outer].needs_stats:
+        return None
+    return stats.mean_abs[key] ** spec.stats_power
+
+
+def stats_problems(config: Any, stats: InputStats | None, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Every reason why these statistics can't serve these layers, one sentence each.
+
+    Args:
+        config: the CoreLoraConfig.
+        stats: the statistics; None where there are none or the weight's own serve.
+        layers: the targeted layers by name.
+    """
+    if stats is None:
+        method = f"method {config.method!r} (outer 'awsvd')"
+        return [] if config.stats == "weight" else [f"{method} needs input statistics: {HOW_TO}."]
+    missing = [k for k in layers if k not in stats.mean_abs]
+    if missing:
+        return [
+            f"the statistics are of another model or other layers: nothing for {', '.join(missing[:4])}"
+            f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. {HOW_TO.capitalize()}."
+        ]
+    problems = [_layer_problem(k, layer, stats) for k, layer in layers.items()]
+    found = [p for p in problems if p]
+    return found[:8] + ([f"{len(found) - 8} more layers have the like."] if len(found) > 8 else [])
+
+
+def _layer_problem(key: str, layer: nn.Module, stats: InputStats) -> str | None:
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    view, values = view_of(base), stats.mean_abs[key]
+    assert view is not None
+    if values.shape != (view.shape[1],):
+        return (
+            f"{key}: the statistics are of another model: {tuple(values.shape)} numbers for {view.shape[1]} channels."
+        )
+    if not bool(torch.isfinite(values).all()):
+        return f"{key}: the statistics hold NaN or infinite values: collect them again."
+    saved = stats.samples.get(key)
+    if saved is None or any(p.is_meta for p in base.parameters()):
+        return None
+    error = float((_sample(base) - saved).norm() / saved.norm().clamp(min=1e-12))
+    return f"{key}: the statistics were collected on another model (its weights differ)." if error > 0.35 else None
