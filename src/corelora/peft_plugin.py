@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from corelora.errors import CoreLoraError, raise_all
 from corelora.layers import view_of
 from corelora.registry import OUTERS
 from corelora.stats import channel_scale, stats_problems
-from corelora.tuner_layer import PREFIX, CoreLoraLayer
+from corelora.tuner_layer import PREFIX, CoreLoraLayer, layer_class
 
 NAME = "corelora"
 
@@ -52,7 +53,11 @@ class CoreLoraModel(BaseTuner):
             if self._bar is not None:
                 self._bar.close()
                 self._bar = None
+        _mark_tied(model)
         _keep_out_of_ddp_broadcast(model)
+
+    def _check_merge_allowed(self) -> None:
+        """Tied weights, which PEFT warns about here, are merged into copies (`CoreLoraLayer.merge`)."""
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Before anything is replaced: report every mistake that the model's layers can show, together."""
@@ -73,7 +78,7 @@ class CoreLoraModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(target, CoreLoraLayer):
-            layer = CoreLoraLayer(target, current_key, **_backend_options(self.model))
+            layer = layer_class(target)(target, current_key, **_backend_options(self.model))
             layer.training = target.training
         assert isinstance(layer, CoreLoraLayer)
         spec = peft_config.spec_for(current_key, layer.view.shape)
@@ -207,6 +212,14 @@ def _take_out(model: nn.Module, adapter_name: str) -> None:
         if not module.cores:
             parent, _, name = _get_submodules(model, key)
             setattr(parent, name, module.base_layer)
+
+
+def _mark_tied(model: nn.Module) -> None:
+    """Tell each layer whether its base weight belongs to another layer too."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for module in model.modules():
+        if isinstance(module, CoreLoraLayer):
+            module.tied = owners[id(module.get_base_layer()._parameters.get("weight"))] > 1
 
 
 def _keep_out_of_ddp_broadcast(model: nn.Module) -> None:

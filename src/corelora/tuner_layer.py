@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from corelora.adapter import CoreAdapter, Factors
 from corelora.errors import CoreLoraError
-from corelora.layers import view_of
+from corelora.layers import LinearView, view_of
 from corelora.spec import AdapterSpec
 from corelora.storage import BaseWeight, backend_of, readable
 
@@ -51,6 +51,8 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self.corelora_dropout = nn.ModuleDict()
         self.corelora_fingerprint = BufferDict(persistent=True)
         self.merged_adapters: list[str] = []
+        self.tied = False  # the base weight is another layer's too (the tuner sets this)
+        self._shared_weight: nn.Parameter | None = None  # the tied weight, while a merged copy stands in its place
         self._disable_adapters = False
         self._active_adapter: Any = []
         self.register_load_state_dict_post_hook(_after_load)
@@ -191,7 +193,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
     # -- merging -----------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str, base_weight: Tensor | None = None) -> Tensor:
-        """The change that an adapter makes to the base weight, in the weight's own layout, scale included, float32.
+        """The change that an adapter makes to the base weight, in the weight's layout, scale included, float32 or wider.
 
         Args:
             adapter: the adapter's name.
@@ -200,7 +202,8 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         if adapter in self.unchecked:
             self.complete(adapter)
         core = self.cores[adapter]
-        delta = core.delta(self.factors(adapter), self.live_weight(adapter))
+        dtype = wide(self.weight_access.float_dtype)
+        delta = core.delta(self.factors(adapter), self.live_weight(adapter), dtype)
         return self.view.weight(delta * (self.scaling[adapter] / core.spec.scale))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -217,9 +220,10 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         for name in [n for n in check_adapters_to_merge(self, adapter_names) if n in self.cores]:
             if not self.merged_adapters:
                 self._hold_slices()
+                self._untie()
             delta = self.get_delta_weight(name)
             weight = self.get_base_weight()
-            merged = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+            merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 self._release_if_unmerged()
                 raise ValueError(f"{self.key}: NaN or infinity in the merged weight; adapter {name!r} seems broken")
@@ -234,8 +238,19 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
             if name in self.cores:
                 weight = self.get_base_weight()
                 delta = self.get_delta_weight(name).to(weight.device)
-                self._write((weight.float() - delta).to(weight.dtype))
+                self._write((weight.to(delta.dtype) - delta).to(weight.dtype))
         self._release_if_unmerged()
+
+    def _untie(self) -> None:
+        """Merge into a copy of a tied weight: its other owner must not change."""
+        base: Any = self.get_base_layer()
+        if self.tied and self.quantization_backend is None:
+            self._shared_weight = base.weight
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+
+    def _retie(self) -> None:
+        if self._shared_weight is not None:
+            self.get_base_layer().weight, self._shared_weight = self._shared_weight, None
 
     def _write(self, weight: Tensor) -> None:
         if self.quantization_backend is None:
@@ -252,7 +267,10 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
                         factor.set_start(factor.start_matrix(W).clone(), persistent=False)
 
     def _release_if_unmerged(self) -> None:
-        if self.merged_adapters or not self.weight_access.is_live:
+        if self.merged_adapters:
+            return
+        self._retie()
+        if not self.weight_access.is_live:
             return
         for name, core in self.cores.items():
             for slot, factor in self.factors(name).items():
@@ -294,7 +312,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
             x = self.corelora_dropout[name](x)
         if self.view.factored:
             return scale * self.view.output(core.path(x, factors, W))
-        return (scale / core.spec.scale) * self.view.dense(x, core.delta(factors, W).to(x.dtype))
+        return (scale / core.spec.scale) * self.view.dense(x, core.delta(factors, W, wide(x.dtype)).to(x.dtype))
 
     def _mixed(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with its own adapter; "__base__" is none."""
@@ -315,6 +333,20 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self.cores[target], self.scaling[target] = self.cores[source], self.scaling[source]
         self.corelora_dropout[target] = copy.deepcopy(self.corelora_dropout[source])
         self.corelora_fingerprint[target] = self.corelora_fingerprint[source].clone()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute a delta in: float32, or float64 where the layer is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class CoreLoraLinear(CoreLoraLayer):
+    """A CoreLoraLayer on a linear layer. PEFT's "all-linear" knows adapted linear layers by this word in their name."""
+
+
+def layer_class(base_layer: nn.Module) -> type[CoreLoraLayer]:
+    """The class that wraps a base layer."""
+    return CoreLoraLinear if isinstance(view_of(base_layer), LinearView) else CoreLoraLayer
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
