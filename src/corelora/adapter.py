@@ -193,7 +193,8 @@ class CoreAdapter:
                 factor.set_start(factor.start_matrix(weight.native()), persistent=self.stores(name, weight))
         elif plan.needs_start:
             assert value is not None
-            factor.set_start(value.to(dtype), persistent=self.stores(name, weight))
+            # Contiguous, as a load will have it: other strides round in another order.
+            factor.set_start(value.to(dtype).contiguous(), persistent=self.stores(name, weight))
 
     def _trained_start(
         self, factor: Factor, value: Tensor | None, weight: BaseWeight, outer: OuterStart, init: bool
