@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from corelora.errors import CoreLoraError
 from corelora.layers import View
 from corelora.outer import transformed_cols, transformed_rows
 
 Pair = tuple[Tensor | None, Tensor | None]
+PROBE_TOLERANCE = 0.05  # of numbers of size 1; a bfloat16 start rounds to about 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +57,23 @@ class Factor(nn.Module):
         start: M0 as a buffer; None where there is none or it is read live from the base weight.
         index: which rows or columns of W make the start; None for the leading ones.
         transform: scaling of the slice: [r] or [r,r], or None (outer.OuterStart).
+        probe: [r], what a start that the file leaves out gave for a fixed vector; a load that computes it again
+            compares.
+        channel_scale: d[i], what AwSVD scaled the weight with, kept beside the probe.
     """
 
     weight: Tensor | None
     start: Tensor | None
     index: Tensor | None
     transform: Tensor | None
+    probe: Tensor | None
+    channel_scale: Tensor | None
 
     def __init__(self, plan: FactorPlan) -> None:
         super().__init__()
         self.plan = plan
         self.register_parameter("weight", None)
-        for name in ("start", "index", "transform"):
+        for name in ("start", "index", "transform", "probe", "channel_scale"):
             self.register_buffer(name, None, persistent=False)
 
     def extra_repr(self) -> str:
@@ -91,6 +98,32 @@ class Factor(nn.Module):
         """Remember which slice of W the start is; the indices are saved, the transform is made again at load."""
         self.register_buffer("index", None if index is None else index.to(torch.int32), persistent=index is not None)
         self.register_buffer("transform", transform, persistent=False)
+
+    def set_probe(self, probe: Tensor, channel_scale: Tensor | None) -> None:
+        """Remember what a start that is made again at load must agree with; both are saved."""
+        self.register_buffer("probe", probe)
+        self.register_buffer("channel_scale", channel_scale, persistent=channel_scale is not None)
+
+    def probe_now(self) -> Tensor:
+        """[r], float32: the start on a fixed vector of its long side, each number relative to its row's norm."""
+        assert self.start is not None
+        rows = self.start.float() if self.plan.view is not None else self.start.float().T  # [r, i] or [r, o]
+        signs = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
+        return rows @ signs / rows.norm(dim=1).clamp(min=1e-30)
+
+    def check_probe(self, name: str) -> None:
+        """Raise CoreLoraError where the start is not the one that the file was trained with.
+
+        Tiny perturbations of a weight flip signs and mix close singular vectors, which changes numbers of size 1 here.
+        """
+        assert self.probe is not None
+        error = float((self.probe_now() - self.probe.to(self.probe_now())).abs().max())
+        if not error <= PROBE_TOLERANCE:  # NaN, where the file had no probe, is refused too
+            raise CoreLoraError(
+                f"{name} was left out of the file (store_outer: false) and came out differently when it was computed "
+                f"again (probe off by {error:.2g}, {PROBE_TOLERANCE} is allowed): another weight, device or library. "
+                "Load it where it was trained, and save it with store_outer: true."
+            )
 
     def slice_of(self, W: Tensor) -> Tensor:
         """The slice of W[o,i] without its transform: [r,i] or [o,r]; leading rows and columns are views."""
