@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from corelora.core import Dims, Par, Slot, Stage, slot_starts
+from corelora.errors import CoreLoraError
 from corelora.factor import Factor, FactorPlan, Pair, add
 from corelora.layers import View
 from corelora.outer import OuterStart, kaiming_uniform, nystrom_at
@@ -101,8 +102,10 @@ class CoreAdapter:
         Returns:
             The factors by name, on the weight's device.
         """
-        generator = torch.Generator().manual_seed((self.spec.seed << 32) ^ zlib.crc32(key.encode()))
-        outer = OUTERS[self.spec.choices.outer].make(weight, self.spec, d, generator)
+        kind = OUTERS[self.spec.choices.outer]
+        if kind.needs_stats and d is None:
+            d = weight.full().abs().mean(dim=0)  # NoRA paper, Algorithm 1: the weight's own column means
+        outer = kind.make(weight, self.spec, d, self._generator(key))
         values = self.first_values(outer)
         factors = {name: Factor(plan) for name, plan in self.plans.items()}
         native = weight.native()
@@ -113,30 +116,53 @@ class CoreAdapter:
             factor.to(native.device)
             if native.is_floating_point():
                 _cast(factor, native.dtype)
+        remade = self.remade(weight)
+        for name in remade:
+            factors[name].set_probe(factors[name].probe_now(), d if name == remade[0] else None)
         return factors
+
+    def _generator(self, key: str) -> torch.Generator:
+        return torch.Generator().manual_seed((self.spec.seed << 32) ^ zlib.crc32(key.encode()))
+
+    def remade(self, weight: BaseWeight) -> list[str]:
+        """The frozen outer factors that the file leaves out and a load computes again, checked by their probes."""
+        return [
+            n
+            for n in ("A", "B")
+            if self.plans[n].needs_start and self.plans[n].source is None and not self.stores(n, weight)
+        ]
+
+    @property
+    def keeps_indices(self) -> bool:
+        """Sampled slices that take part in the path: the file says which rows and columns they are."""
+        choices = self.spec.choices
+        sampled = choices.outer == "nystrom" and choices.sampling != "first"
+        return sampled and any(p.needs_start for p in self.plans.values())
 
     def empty(self, weight: BaseWeight) -> dict[str, Factor]:
         """Factors without a start, for values that come from a file: all NaN until then, so that a gap is seen."""
         device = next(iter(weight.layer.parameters(recurse=False))).device
         dtype = weight.float_dtype
         factors = {name: Factor(plan) for name, plan in self.plans.items()}
-        sampled = self.spec.choices.sampling != "first"
+        remade = self.remade(weight)
         for name, factor in factors.items():
             plan = factor.plan
             if plan.trained:
                 factor.set_trained(torch.full(plan.shape, torch.nan, device=device, dtype=dtype))
-            if plan.source and sampled and plan.needs_start:
+            if plan.source and self.keeps_indices:
                 r = self.spec.r
                 factor.set_slice(torch.full((r,), -1, dtype=torch.int32, device=device), None)
+            if name in remade:
+                with_d = OUTERS[self.spec.choices.outer].needs_stats and name == remade[0]
+                nan = torch.full((self.spec.r + self.view.shape[1],), torch.nan, device=device)
+                factor.set_probe(nan[: self.spec.r].clone(), nan[self.spec.r :].clone() if with_d else None)
             if self.stores(name, weight):
                 factor.set_start(torch.full(plan.shape, torch.nan, device=device, dtype=dtype), persistent=True)
         return factors
 
     def first_values(self, outer: OuterStart) -> dict[str, Tensor | None]:
         """The first value of each factor; None where it is a slice of W."""
-        o, i = self.view.shape
-        dims: Dims = {"o": o, "i": i, "r": self.spec.r, "k": self.spec.inner_r}
-        return {"A": outer.A, "B": outer.B, **slot_starts(self.slots, dims, self.spec, outer)}
+        return {"A": outer.A, "B": outer.B, **slot_starts(self.slots, self._dims, self.spec, outer)}
 
     def stores(self, name: str, weight: BaseWeight) -> bool:
         """Whether the start of factor `name` is kept in the adapter's file."""
@@ -151,44 +177,69 @@ class CoreAdapter:
             return asked is not False
         return True
 
-    def derive(self, weight: BaseWeight, factors: Factors) -> None:
+    def derive(self, weight: BaseWeight, factors: Factors, key: str) -> None:
         """Make again what the file does not hold: slices' transforms, the first core, unstored outer factors.
 
         Runs after a load, on the base weight; trained factors are left alone.
+
+        Args:
+            weight: the base weight.
+            factors: the factors, with the file's values.
+            key: the layer's name, as it was for `start`.
+
+        Raises:
+            CoreLoraError: indices don't fit the weight, or a recomputed factor is not the one that was trained with.
         """
         missing = [n for n, f in factors.items() if self.plans[n].needs_start and not self.stores(n, weight)]
         if not missing:
             return
-        rows, cols = self._indices(factors)
+        remade = self.remade(weight)
         if self.spec.choices.outer == "nystrom":
-            outer = nystrom_at(weight, self.spec, rows, cols)
+            outer = nystrom_at(weight, self.spec, *self._indices(factors))
         else:
-            raise RuntimeError("only Nystrom starts are derived at load")
-        values = self.first_values(outer)
+            d = factors[remade[0]].channel_scale if remade else None
+            outer = OUTERS[self.spec.choices.outer].make(weight, self.spec, d, self._generator(key))
+        core_slots = tuple(s for s in self.slots if s.name in missing)
+        values = {"A": outer.A, "B": outer.B, **slot_starts(core_slots, self._dims, self.spec, outer)}
         for name in missing:
             factor = factors[name]
             self._fill(factor, values.get(name), outer, weight, name)
             factor.to(weight.native().device)
+            if name in remade:
+                factor.check_probe(name)
 
     def _indices(self, factors: Factors) -> tuple[Tensor, Tensor]:
-        leading = torch.arange(self.spec.r)
+        """(rows[r], cols[r]) of the slices: those of the file, or the leading ones."""
         found = []
-        for name in ("A", "B"):
+        for name, size in zip(("A", "B"), self.view.shape, strict=True):
             index = factors[name].index
-            found.append(leading if index is None else index.long().cpu())
+            index = torch.arange(self.spec.r) if index is None else index.long().cpu()
+            if int(index.min()) < 0 or int(index.max()) >= size:
+                what = "rows" if name == "A" else "columns"
+                raise CoreLoraError(
+                    f"the file's sampling indices for {name} run from {int(index.min())} to {int(index.max())}, but "
+                    f"the weight has {size} {what}: the file is damaged or belongs to another model."
+                )
+            found.append(index)
         return found[0], found[1]
+
+    @property
+    def _dims(self) -> Dims:
+        o, i = self.view.shape
+        return {"o": o, "i": i, "r": self.spec.r, "k": self.spec.inner_r}
 
     def _fill(self, factor: Factor, value: Tensor | None, outer: OuterStart, weight: BaseWeight, name: str) -> None:
         """Give a factor its start: a slice that is read live, a slice that is held, or values."""
         plan = factor.plan
         dtype = weight.native().dtype
-        if plan.source is not None and plan.needs_start:
+        if plan.source is not None:
             index = outer.rows if plan.source == "rows" else outer.cols
             transform = outer.a_transform if plan.source == "rows" else outer.b_transform
             assert index is not None
             device = weight.native().device
-            sampled = self.spec.choices.sampling != "first"
-            factor.set_slice(index.to(device) if sampled else None, transform)
+            factor.set_slice(index.to(device) if self.keeps_indices else None, transform if plan.needs_start else None)
+            if not plan.needs_start:
+                return
             if not weight.is_live or self.stores(name, weight):
                 factor.set_start(factor.start_matrix(weight.native()), persistent=self.stores(name, weight))
         elif plan.needs_start:
