@@ -128,7 +128,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         with readable(self), torch.no_grad():
             weight = self.weight_access
             self._check_fingerprint(name, weight)
-            self.cores[name].derive(weight, self.factors(name))
+            self.cores[name].derive(weight, self.factors(name), self.key)
         gaps = self._gaps(name)
         if gaps:
             raise CoreLoraError(
