@@ -4,9 +4,19 @@ from corelora.peft_plugin import register as _register
 
 _register()
 
+from corelora.checks import GradientCheck, GradientCheckCallback, check_training  # noqa: E402
 from corelora.config import CoreLoraConfig  # noqa: E402
 from corelora.spec import list_methods, register_method  # noqa: E402
 from corelora.stats import InputStats, collect_stats  # noqa: E402
 
-__all__ = ["CoreLoraConfig", "InputStats", "collect_stats", "list_methods", "register_method"]
+__all__ = [
+    "CoreLoraConfig",
+    "GradientCheck",
+    "GradientCheckCallback",
+    "InputStats",
+    "check_training",
+    "collect_stats",
+    "list_methods",
+    "register_method",
+]
 __version__ = "0.1.0"

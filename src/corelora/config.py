@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 import corelora.methods  # noqa: F401  (fills the table of methods)
+from corelora.card import write_card
 from corelora.errors import UnknownSettingError, nearest, raise_all, unknown_name
 from corelora.registry import METHODS, OUTERS
 from corelora.spec import CHOICE_NAMES, VARIANTS, AdapterSpec, Choices, choice_problems, parse_train
@@ -196,6 +197,11 @@ class CoreLoraConfig(PeftConfig):
     def rank_for(self, key: str) -> int:
         """The outer rank asked for on the module named `key`, before any clipping."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, and corelora's section in the folder's model card."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self.method, self.variant, self.r, self.base_model_name_or_path)
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT has it, with the method's choices written out: an adapter keeps its meaning if a default changes."""

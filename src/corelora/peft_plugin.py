@@ -21,6 +21,7 @@ from peft.utils.peft_types import PeftType
 from torch import nn
 from tqdm.auto import tqdm
 
+from corelora.combine import add_weighted_adapter
 from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, raise_all
 from corelora.layers import view_of
@@ -39,6 +40,10 @@ class CoreLoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     # -- making adapters ------------------------------------------------------------------------------------------
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_all_loaded)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; whatever fails on the way, the model is left as it was."""
@@ -92,6 +97,17 @@ class CoreLoraModel(BaseTuner):
         if self._bar is not None:
             self._bar.update()
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "auto",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose delta is the weighted sum of others'; see `corelora.combine`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
+
     # -- inference with an adapter for each sample ----------------------------------------------------------------
 
     @contextmanager
@@ -114,6 +130,23 @@ class CoreLoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _all_loaded(tuner: nn.Module, incompatible_keys: Any) -> None:
+    """Runs when a state dict went into a tuner: a file that filled nothing, or only some layers, is an error."""
+    layers = [m for m in tuner.modules() if isinstance(m, CoreLoraLayer)]
+    for name in sorted({n for layer in layers for n in layer.unchecked}):
+        empty = [layer.key for layer in layers if name in layer.unchecked and layer.has_no_values(name)]
+        total = sum(name in layer.cores for layer in layers)
+        unknown = incompatible_keys.unexpected_keys
+        if not empty or (len(empty) == total and not unknown):
+            continue  # complete, or a state dict that was not for this adapter
+        what = f"keys that match nothing here, such as {unknown[0]!r}" if unknown else "no such keys"
+        raise CoreLoraError(
+            f"the file loaded for adapter {name!r} has no values for {len(empty)} of {total} adapted layers "
+            f"({', '.join(empty[:4])}{', ...' if len(empty) > 4 else ''}); it has {what}. "
+            "It belongs to another model or to other target modules."
+        )
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:

@@ -147,6 +147,11 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
                     gaps.append(f"{PREFIX}{slot}.{kind}")
         return gaps
 
+    def has_no_values(self, name: str) -> bool:
+        """Nothing of an adapter that a file should fill has been filled."""
+        expected = [t for f in self.factors(name).values() for t in (f.weight, f.start) if t is not None]
+        return len(self._gaps(name)) == len(expected)
+
     def _check_fingerprint(self, name: str, weight: BaseWeight) -> None:
         saved = self.corelora_fingerprint[name].float().cpu()
         if bool(torch.isnan(saved).any()):
@@ -353,6 +358,5 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     """Runs when a state dict went into a CoreLoraLayer: complete the adapters that came from a file."""
     assert isinstance(module, CoreLoraLayer)
     for name in sorted(module.unchecked):
-        expected = [t for f in module.factors(name).values() for t in (f.weight, f.start) if t is not None]
-        if len(module._gaps(name)) < len(expected):  # none at all: this state dict was not for the adapter
+        if not module.has_no_values(name):  # else this state dict was not for the adapter
             module.complete(name)
