@@ -49,6 +49,7 @@ class OuterStart:
         cols: [r], indices into the columns of W, for B.
         a_transform: [r] (a factor a row) or [r,r], applied to W[rows, :] from the left.
         b_transform: [r] (a factor a column) or [r,r], applied to W[:, cols] from the right.
+        channel_scale: [i], the d that was used (AwSVD), for whoever must make the same start again.
     """
 
     A: Tensor | None = None
@@ -59,6 +60,7 @@ class OuterStart:
     cols: Tensor | None = None
     a_transform: Tensor | None = None
     b_transform: Tensor | None = None
+    channel_scale: Tensor | None = None
 
 
 OuterFunction = Callable[[Weight, AdapterSpec, "Tensor | None", torch.Generator], OuterStart]
@@ -84,7 +86,10 @@ class Outer:
 
 
 def outer_start(name: str, **properties: bool) -> Callable[[OuterFunction], OuterFunction]:
-    """Decorator that adds a function to the OUTERS table under `name`."""
+    """Decorator that adds a function to the OUTERS table under `name`.
+
+    A factor that may be frozen must be drawn from the function's generator: `store_outer: false` draws it again.
+    """
 
     def add(make: OuterFunction) -> OuterFunction:
         OUTERS.add(name, Outer(make=make, **properties))
@@ -182,7 +187,7 @@ def awsvd(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.
     d = floored(d)
     U, S, Vh = truncated_svd(W * d, spec.r, spec.svd_solver, generator)
     A, B = _place_singular_values(U, S, Vh, spec.choices.singular_values)
-    return OuterStart(A=A / d, B=B, singular=S)
+    return OuterStart(A=A / d, B=B, singular=S, channel_scale=d)
 
 
 def floored(d: Tensor) -> Tensor:
