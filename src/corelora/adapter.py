@@ -102,10 +102,7 @@ class CoreAdapter:
         Returns:
             The factors by name, on the weight's device.
         """
-        kind = OUTERS[self.spec.choices.outer]
-        if kind.needs_stats and d is None:
-            d = weight.full().abs().mean(dim=0)  # NoRA paper, Algorithm 1: the weight's own column means
-        outer = kind.make(weight, self.spec, d, self._generator(key))
+        outer = OUTERS[self.spec.choices.outer].make(weight, self.spec, d, self._generator(key))
         values = self.first_values(outer)
         factors = {name: Factor(plan) for name, plan in self.plans.items()}
         native = weight.native()
@@ -118,7 +115,7 @@ class CoreAdapter:
                 _cast(factor, native.dtype)
         remade = self.remade(weight)
         for name in remade:
-            factors[name].set_probe(factors[name].probe_now(), d if name == remade[0] else None)
+            factors[name].set_probe(factors[name].probe_now(), outer.channel_scale if name == remade[0] else None)
         return factors
 
     def _generator(self, key: str) -> torch.Generator:
