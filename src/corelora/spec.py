@@ -177,7 +177,7 @@ def _dead_problems(c: Choices, b_is_zero: bool, core_is_zero: bool) -> list[str]
     """Where two factors of a product are zero at once, or the only zero one is frozen, no gradient ever flows."""
     if b_is_zero and "B" not in c.train:
         return [f"B starts at zero under outer {c.outer!r} and is not trained: the adapter could do nothing."]
-    if core_is_zero and "core" not in c.train and c.start != "subtract":
+    if core_is_zero and "core" not in c.train:
         return ["the core starts at zero and is not trained: the adapter could do nothing."]
     if b_is_zero and core_is_zero:
         return ["B and the core both start at zero: neither would ever get a gradient."]
