@@ -20,7 +20,9 @@ def tucker(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch
     """A[r,i] and B[o,r] normal with standard deviation sqrt(1/2) / sqrt(r)."""
     o, i = weight.shape
     std = math.sqrt(0.5 / spec.r)
-    return OuterStart(A=std * torch.randn(spec.r, i), B=std * torch.randn(o, spec.r))
+    a_source, b_source = (None if spec.trains(part) else generator for part in "AB")  # frozen: repeatable
+    A = torch.randn(spec.r, i, generator=a_source)
+    return OuterStart(A=std * A, B=std * torch.randn(o, spec.r, generator=b_source))
 
 
 FLORA = register_method(
