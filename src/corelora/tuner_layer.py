@@ -122,35 +122,33 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             CoreLoraError: the adapter was made on another base, or its file lacks factors.
         """
-        weight = self.weight_access
-        if weight.is_meta or any(p.is_meta for f in self.factors(name).values() for p in f.parameters()):
+        if self.weight_access.is_meta:
             return
-        with readable(self), torch.no_grad():
-            weight = self.weight_access
-            self._check_fingerprint(name, weight)
-            self.cores[name].derive(weight, self.factors(name), self.key)
-        gaps = self._gaps(name)
+        gaps = [gap for gap, empty in self._filled_by_file(name).items() if empty]
         if gaps:
             raise CoreLoraError(
                 f"{self.key}: no values were loaded for {', '.join(gaps)}. Load the adapter's file, or set the "
                 "config's adapter_format to None to start a new adapter with it."
             )
+        with readable(self), torch.no_grad():
+            weight = self.weight_access
+            self._check_fingerprint(name, weight)
+            self.cores[name].derive(weight, self.factors(name), self.key)
         self.unchecked.discard(name)
 
-    def _gaps(self, name: str) -> list[str]:
-        """The tensors of an adapter that a file should have filled and did not."""
-        gaps = []
+    def _filled_by_file(self, name: str) -> dict[str, bool]:
+        """The tensors of an adapter that its file should fill, and whether each is still empty."""
+        found = {}
         for slot, factor in self.factors(name).items():
-            for kind in ("weight", "start"):
+            for kind in ("weight", "start", "index"):
                 tensor = getattr(factor, kind)
-                if tensor is not None and (tensor.is_meta or bool(torch.isnan(tensor.flatten()[:1]).any())):
-                    gaps.append(f"{PREFIX}{slot}.{kind}")
-        return gaps
+                if tensor is not None:
+                    found[f"{PREFIX}{slot}.{kind}"] = tensor.is_meta or _is_empty(tensor.detach())
+        return found
 
     def has_no_values(self, name: str) -> bool:
         """Nothing of an adapter that a file should fill has been filled."""
-        expected = [t for f in self.factors(name).values() for t in (f.weight, f.start) if t is not None]
-        return len(self._gaps(name)) == len(expected)
+        return all(self._filled_by_file(name).values())
 
     def _check_fingerprint(self, name: str, weight: BaseWeight) -> None:
         saved = self.corelora_fingerprint[name].float().cpu()
@@ -352,6 +350,12 @@ class CoreLoraLinear(CoreLoraLayer):
 def layer_class(base_layer: nn.Module) -> type[CoreLoraLayer]:
     """The class that wraps a base layer."""
     return CoreLoraLinear if isinstance(view_of(base_layer), LinearView) else CoreLoraLayer
+
+
+def _is_empty(tensor: Tensor) -> bool:
+    """As `CoreAdapter.empty` leaves it: NaN, or -1 for indices."""
+    first = tensor.flatten()[:1]
+    return bool((first.isnan() if first.is_floating_point() else first < 0).any())
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
