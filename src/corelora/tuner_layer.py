@@ -319,6 +319,11 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
 
     def _mixed(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with its own adapter; "__base__" is none."""
+        if len(adapter_names) != len(x):
+            raise CoreLoraError(
+                f"{self.key}: adapter_names has {len(adapter_names)} names for a batch of {len(x)}: one each is needed, "
+                "and a layer that sees tokens without their samples can't be used with it"
+            )
         result = result.clone()
         for name in sorted(set(adapter_names) & set(self.cores)):
             picked = [i for i, other in enumerate(adapter_names) if other == name]

@@ -36,9 +36,10 @@ def registered_once() -> None:
     """Import, reload, and register again."""
     import importlib
 
+    from peft import PeftType
+
     import corelora
     import corelora.peft_plugin
-    from peft import PeftType
 
     first = PeftType.CORELORA
     importlib.reload(corelora)

@@ -172,7 +172,9 @@ def test_modules_to_save_come_back(tmp_path):
 
 
 def test_config_round_trip(tmp_path):
-    given = config("nora", r=6, inner_r=2, alpha=3.0, dropout=0.1, rank_pattern={"q_proj": 3}, exclude_modules=["k_proj"])
+    given = config(
+        "nora", r=6, inner_r=2, alpha=3.0, dropout=0.1, rank_pattern={"q_proj": 3}, exclude_modules=["k_proj"]
+    )
     given.save_pretrained(tmp_path)
     data = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (data["peft_type"], data["adapter_format"]) == ("CORELORA", 1)
@@ -257,7 +259,14 @@ def test_model_card(tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\n")
-    for part in ("library_name: peft", "- corelora", "import corelora", "corelora export", "**inttune**", "### Framework"):
+    for part in (
+        "library_name: peft",
+        "- corelora",
+        "import corelora",
+        "corelora export",
+        "**inttune**",
+        "### Framework",
+    ):
         assert part in text, part
     own = "A line that the user wrote."
     (tmp_path / "README.md").write_text(text + own + "\n")
