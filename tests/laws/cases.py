@@ -161,13 +161,18 @@ class Numbers:
         return {n: sum(part[n] for part in (self.trained, self.starts) if n in part) for n in names}  # type: ignore[misc]
 
 
-def numbers_of(layer, W: Tensor, name: str = "default", dtype: torch.dtype = torch.float64) -> Numbers:
+def numbers_of(layer, W: Tensor, name: str = "default") -> Numbers:
+    """The stored numbers of an adapter on a tuner layer with base weight W[o,i], in float64."""
+    return read_numbers(layer.factors(name), W)
+
+
+def read_numbers(factors, W: Tensor, dtype: torch.dtype = torch.float64) -> Numbers:
     """Read an adapter's stored numbers. Slices are cut from W here; a start that is not kept takes random numbers.
 
     A start that an adapter does not keep must not matter (IntTune's core0): random ones prove it.
     """
     trained, starts = {}, {}
-    for slot, factor in layer.factors(name).items():
+    for slot, factor in factors.items():
         if factor.weight is not None:
             trained[slot] = factor.weight.detach().to(dtype).clone().requires_grad_()
         if factor.start is not None:
@@ -181,7 +186,7 @@ def numbers_of(layer, W: Tensor, name: str = "default", dtype: torch.dtype = tor
 
 def _slice(factor, W: Tensor) -> Tensor:
     """transform W[I,:] or W[:,J] transform, in plain words."""
-    r = R if factor.index is None else len(factor.index)
+    r = factor.plan.shape[0] if factor.plan.source == "rows" else factor.plan.shape[1]
     index = torch.arange(r) if factor.index is None else factor.index.long()
     rows = W[index] if factor.plan.source == "rows" else W[:, index]
     T = factor.transform
