@@ -70,6 +70,7 @@ class BaseWeight:
         if self.backend is None:
             return self.view.matrix(_whole(self.layer.weight.detach()))  # type: ignore[operator]
         if self._dequantized is None:
+            settle(self.layer)
             self._dequantized = self.view.matrix(self.backend.get_base_weight(self.layer).detach())
         return self._dequantized
 
@@ -93,6 +94,15 @@ class BaseWeight:
         o, i = W.shape
         flat = torch.linspace(0, o * i - 1, n, dtype=torch.float64).round().long().to(W.device)
         return W[flat // i, flat % i].float().cpu()
+
+
+def settle(layer: nn.Module) -> None:
+    """Put a quantised layer's weight back into its storage layout, which its backend reads.
+
+    bitsandbytes packs 4-bit weights into another layout while it infers on a CPU with AVX512-BF16, and back when the
+    layer is asked for its state.
+    """
+    layer.state_dict()
 
 
 def _whole(weight: Tensor) -> Tensor:
