@@ -14,7 +14,7 @@ from corelora.adapter import CoreAdapter, Factors
 from corelora.errors import CoreLoraError
 from corelora.layers import LinearView, view_of
 from corelora.spec import AdapterSpec
-from corelora.storage import BaseWeight, backend_of, readable
+from corelora.storage import BaseWeight, backend_of, readable, settle
 
 SLOTS = ("A", "core", "core_a", "core_b", "core2_a", "core2_b", "B")
 PREFIX = "corelora_"
@@ -208,6 +208,12 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         dtype = wide(self.weight_access.float_dtype)
         delta = core.delta(self.factors(adapter), self.live_weight(adapter), dtype)
         return self.view.weight(delta * (self.scaling[adapter] / core.spec.scale))
+
+    def get_base_weight(self) -> Tensor:
+        """As PEFT's; a quantised layer that has been inferring is first put back into its storage layout."""
+        if self.quantization_backend is not None:
+            settle(self.get_base_layer())
+        return super().get_base_weight()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A delta can be converted to LoRA wherever it is one matrix on one input."""
