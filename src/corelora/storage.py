@@ -95,6 +95,10 @@ class BaseWeight:
         flat = torch.linspace(0, o * i - 1, n, dtype=torch.float64).round().long().to(W.device)
         return W[flat // i, flat % i].float().cpu()
 
+    def fingerprint(self) -> Tensor:
+        """[17]: the sample, and 1 where the weight is quantised, which loosens the comparison."""
+        return torch.cat([self.sample(), torch.tensor([float(self.is_quantized)])])
+
 
 def settle(layer: nn.Module) -> None:
     """Put a quantised layer's weight back into its storage layout, which its backend reads.
