@@ -12,6 +12,7 @@ A plain factor is a trained M (no start, no d), a frozen one an M0 (no dM).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,19 @@ class Factor(nn.Module):
     def is_live(self) -> bool:
         """The start is read from the base weight in each forward pass."""
         return self.plan.source is not None and self.plan.needs_start and self.start is None
+
+    @property
+    def has_start(self) -> bool:
+        """The start is held and has values."""
+        return self.start is not None and not self.start.is_meta and not bool(self.start.flatten()[:1].isnan().any())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """A file from a quantised base holds slices that a float base would read live: take them."""
+        saved = state_dict.get(f"{prefix}start")
+        if saved is not None and self.start is None and self.plan.needs_start:
+            like = self.weight if self.weight is not None else saved
+            self.set_start(torch.empty_like(saved, device=like.device), persistent=True)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_trained(self, value: Tensor) -> None:
         """Take `value` as the trained part."""
