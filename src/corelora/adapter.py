@@ -163,12 +163,12 @@ class CoreAdapter:
 
     def stores(self, name: str, weight: BaseWeight) -> bool:
         """Whether the start of factor `name` is kept in the adapter's file."""
-        plan, choices, asked = self.plans[name], self.spec.choices, self.spec.store_outer
+        plan, asked = self.plans[name], self.spec.store_outer
         if not plan.needs_start:
             return False
         if plan.source is not None:
             return bool(weight.is_quantized if asked is None else asked)
-        if choices.outer == "nystrom" and choices.core_start in ("nystrom", "zeros", "identity"):
+        if self.follows_slices(name):
             return weight.is_quantized and asked is not False
         if name in ("A", "B"):
             return asked is not False
@@ -187,10 +187,10 @@ class CoreAdapter:
         Raises:
             CoreLoraError: indices don't fit the weight, or a recomputed factor is not the one that was trained with.
         """
-        missing = [n for n, f in factors.items() if self.plans[n].needs_start and not self.stores(n, weight)]
+        missing = [n for n, f in factors.items() if self._is_missing(n, f, weight)]
         if not missing:
             return
-        remade = self.remade(weight)
+        remade = [n for n in self.remade(weight) if n in missing]
         if self.spec.choices.outer == "nystrom":
             outer = nystrom_at(weight, self.spec, *self._indices(factors))
         else:
@@ -204,6 +204,19 @@ class CoreAdapter:
             factor.to(weight.native().device)
             if name in remade:
                 factor.check_probe(name)
+
+    def _is_missing(self, name: str, factor: Factor, weight: BaseWeight) -> bool:
+        """A start that is to be made again. Slices move between bases: a file from a float base has none for a
+        quantised one, which then takes its own, and a file from a quantised base brings them to a float one."""
+        if not self.plans[name].needs_start or factor.has_start:
+            return False
+        return self.follows_slices(name) or not self.stores(name, weight)
+
+    def follows_slices(self, name: str) -> bool:
+        """The start of factor `name` is a slice of the base weight, or follows from the slices' indices."""
+        choices = self.spec.choices
+        by_core = choices.outer == "nystrom" and choices.core_start in ("nystrom", "zeros", "identity")
+        return self.plans[name].source is not None or (by_core and name not in ("A", "B"))
 
     def _indices(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """(rows[r], cols[r]) of the slices: those of the file, or the leading ones."""
