@@ -92,6 +92,11 @@ class Factor(nn.Module):
         """The start is held and has values."""
         return self.start is not None and not self.start.is_meta and not bool(self.start.flatten()[:1].isnan().any())
 
+    @property
+    def start_is_saved(self) -> bool:
+        """The start belongs to the adapter's file."""
+        return "start" not in self._non_persistent_buffers_set
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """A file from a quantised base holds slices that a float base would read live: take them."""
         saved = state_dict.get(f"{prefix}start")
