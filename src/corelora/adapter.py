@@ -208,9 +208,11 @@ class CoreAdapter:
     def _is_missing(self, name: str, factor: Factor, weight: BaseWeight) -> bool:
         """A start that is to be made again. Slices move between bases: a file from a float base has none for a
         quantised one, which then takes its own, and a file from a quantised base brings them to a float one."""
-        if not self.plans[name].needs_start or factor.has_start:
+        if not self.plans[name].needs_start:
             return False
-        return self.follows_slices(name) or not self.stores(name, weight)
+        if self.stores(name, weight):
+            return self.follows_slices(name) and not factor.has_start
+        return not (factor.has_start and factor.start_is_saved)
 
     def follows_slices(self, name: str) -> bool:
         """The start of factor `name` is a slice of the base weight, or follows from the slices' indices."""
