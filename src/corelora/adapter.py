@@ -252,6 +252,7 @@ class CoreAdapter:
             factor.set_slice(index.to(device) if self.keeps_indices else None, transform if plan.needs_start else None)
             if not plan.needs_start:
                 return
+            factor.set_start(None, persistent=False)  # an empty or older one is no source
             if not weight.is_live or self.stores(name, weight):
                 factor.set_start(factor.start_matrix(weight.native()), persistent=self.stores(name, weight))
         elif plan.needs_start:
