@@ -74,6 +74,10 @@ class CoreAdapter:
         """All factors with their shapes in letters."""
         return CORES[self.spec.choices.core].at(self.spec.choices.position)[0]
 
+    def slot(self, name: str) -> Slot:
+        """The factor called `name`, with its shape in letters."""
+        return next(s for s in self.slots if s.name == name)
+
     @property
     def has_offsets(self) -> bool:
         """Trained factors are offsets, so the output is the difference d of the chain and not its value v."""
@@ -119,7 +123,7 @@ class CoreAdapter:
         return factors
 
     def _generator(self, key: str) -> torch.Generator:
-        return torch.Generator().manual_seed((self.spec.seed << 32) ^ zlib.crc32(key.encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.spec.seed} {key}".encode()))  # PyTorch takes 32 bits
 
     def remade(self, weight: BaseWeight) -> list[str]:
         """The frozen outer factors that the file leaves out and a load computes again, checked by their probes."""
@@ -291,7 +295,7 @@ class CoreAdapter:
         """
         pair: Pair = (x, None)
         for stage in self.stages:
-            pair = _run(stage, pair, lambda name, p: factors[name](*p, W))
+            pair = run_stage(stage, pair, lambda name, p: factors[name](*p, W))
         out = pair[1] if self.has_offsets else pair[0]
         assert out is not None
         return out
@@ -302,7 +306,7 @@ class CoreAdapter:
         """(value, difference from the start) of a part of the chain as one matrix; None: it does not differ."""
         pair: Pair | None = None
         for stage in stages:
-            pair = _run(stage, pair, lambda name, p: factors[name].on_matrices(p, W, dtype))
+            pair = run_stage(stage, pair, lambda name, p: factors[name].on_matrices(p, W, dtype))
         assert pair is not None
         return pair  # type: ignore[return-value]
 
@@ -314,8 +318,8 @@ class CoreAdapter:
         return self.spec.scale * out
 
 
-def _run(stage: Stage, pair, step) -> Pair:
-    """One stage: a factor, or branches that share the input and add up."""
+def run_stage(stage: Stage, pair, step) -> Pair:
+    """One stage of a chain on a pair: a factor (`step`), or branches that share the input and add up."""
     if isinstance(stage, str):
         return step(stage, pair)
     assert isinstance(stage, Par)

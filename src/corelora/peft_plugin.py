@@ -25,6 +25,7 @@ from corelora.combine import add_weighted_adapter
 from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, raise_all
 from corelora.layers import view_of
+from corelora.loading import has_no_values
 from corelora.registry import OUTERS
 from corelora.stats import channel_scale, stats_problems
 from corelora.tuner_layer import PREFIX, CoreLoraLayer, layer_class
@@ -136,7 +137,7 @@ def _all_loaded(tuner: nn.Module, incompatible_keys: Any) -> None:
     """Runs when a state dict went into a tuner: a file that filled nothing, or only some layers, is an error."""
     layers = [m for m in tuner.modules() if isinstance(m, CoreLoraLayer)]
     for name in sorted({n for layer in layers for n in layer.unchecked}):
-        empty = [layer.key for layer in layers if name in layer.unchecked and layer.has_no_values(name)]
+        empty = [layer.key for layer in layers if name in layer.unchecked and has_no_values(layer, name)]
         total = sum(name in layer.cores for layer in layers)
         unknown = incompatible_keys.unexpected_keys
         if not empty or (len(empty) == total and not unknown):

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from corelora.adapter import CoreAdapter, Factors
 from corelora.errors import CoreLoraError
+from corelora.kernels.fast import fits, fused_forward, suits, wanted
+from corelora.kernels.form import FormMaker
 from corelora.layers import LinearView, view_of
+from corelora.loading import after_load, check_fingerprint, filled_by_file
 from corelora.spec import AdapterSpec
 from corelora.storage import BaseWeight, backend_of, readable, settle
 
 SLOTS = ("A", "core", "core_a", "core_b", "core2_a", "core2_b", "B")
 PREFIX = "corelora_"
-FLOAT_TOLERANCE, QUANTIZED_TOLERANCE = 0.02, 0.35  # of the fingerprint's norm
 
 
 class CoreLoraLayer(nn.Module, BaseTunerLayer):
@@ -30,6 +32,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         scaling: each adapter's scale, by name; diffusers changes it.
     """
 
+    prefix = PREFIX
     adapter_layer_names = tuple(PREFIX + slot for slot in SLOTS)
     other_param_names = ("cores", "scaling", "corelora_dropout", "corelora_fingerprint")
 
@@ -45,6 +48,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = backend_of(inner, **backend_options)
         self.cores: dict[str, CoreAdapter] = {}
         self.scaling: dict[str, float] = {}
+        self._makers: dict[str, FormMaker] = {}  # forms of the fused path, by adapter
         self.unchecked: set[str] = set()  # adapters whose file may still have to be checked and completed
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -55,7 +59,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self._shared_weight: nn.Parameter | None = None  # the tied weight, while a merged copy stands in its place
         self._disable_adapters = False
         self._active_adapter: Any = []
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(after_load)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -81,6 +85,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         """
         if self.merged:
             raise CoreLoraError(f"{self.key}: unmerge before adding an adapter, whose start reads the base weight")
+        self._makers.pop(name, None)
         core = CoreAdapter.of(spec, self.view)
         with readable(self):
             weight = self.weight_access
@@ -103,7 +108,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[name] = core.spec.scale
         self.corelora_dropout[name] = nn.Dropout(core.spec.dropout) if core.spec.dropout else nn.Identity()
         meta = weight.is_meta or torch.empty(0).is_meta
-        self.corelora_fingerprint[name] = torch.full((16,), torch.nan) if meta or from_file else weight.sample()
+        self.corelora_fingerprint[name] = torch.full((17,), torch.nan) if meta or from_file else weight.fingerprint()
 
     def factors(self, name: str) -> Factors:
         """The factor modules of an adapter by slot."""
@@ -124,7 +129,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         """
         if self.weight_access.is_meta:
             return
-        gaps = [gap for gap, empty in self._filled_by_file(name).items() if empty]
+        gaps = [gap for gap, empty in filled_by_file(self, name).items() if empty]
         if gaps:
             raise CoreLoraError(
                 f"{self.key}: no values were loaded for {', '.join(gaps)}. Load the adapter's file, or set the "
@@ -132,37 +137,9 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
             )
         with readable(self), torch.no_grad():
             weight = self.weight_access
-            self._check_fingerprint(name, weight)
+            check_fingerprint(self.key, self.corelora_fingerprint[name], weight)
             self.cores[name].derive(weight, self.factors(name), self.key)
         self.unchecked.discard(name)
-
-    def _filled_by_file(self, name: str) -> dict[str, bool]:
-        """The tensors of an adapter that its file should fill, and whether each is still empty."""
-        found = {}
-        for slot, factor in self.factors(name).items():
-            for kind in ("weight", "start", "index"):
-                tensor = getattr(factor, kind)
-                if tensor is not None:
-                    found[f"{PREFIX}{slot}.{kind}"] = tensor.is_meta or _is_empty(tensor.detach())
-        return found
-
-    def has_no_values(self, name: str) -> bool:
-        """Nothing of an adapter that a file should fill has been filled."""
-        return all(self._filled_by_file(name).values())
-
-    def _check_fingerprint(self, name: str, weight: BaseWeight) -> None:
-        saved = self.corelora_fingerprint[name].float().cpu()
-        if bool(torch.isnan(saved).any()):
-            return  # made without a file, on a base that had no values yet
-        now = weight.sample()
-        tolerance = QUANTIZED_TOLERANCE if weight.is_quantized else FLOAT_TOLERANCE
-        error = float((now - saved).norm() / saved.norm().clamp(min=1e-12))
-        if error > tolerance:
-            raise CoreLoraError(
-                f"{self.key}: this adapter was made on another base model (sampled weights differ by "
-                f"{100 * error:.0f} %, {100 * tolerance:.0f} % is allowed). Load it on the base that its "
-                "adapter_config.json names."
-            )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Factors keep their types (indices and transforms have their own); only the device follows the base."""
@@ -295,17 +272,34 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             if self.disable_adapters:
                 return self.base_layer(x, *args, **kwargs)
+        active = self._mine()
+        if len(active) == 1 and adapter_names is None and not (args or kwargs) and wanted(x):
+            maker = self._form_maker(active[0], x)
+            if maker is not None:
+                return fused_forward(x, self.base_layer, maker)
         result = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, result, adapter_names)
         if self.merged:
             return result
-        active = self._mine()
         if active and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in active:
             result = result + self.adapter_output(name, x).to(result.dtype)
         return result
+
+    def _form_maker(self, name: str, x: Tensor) -> FormMaker | None:
+        """What the fused operation needs for this forward pass (kernels/fast.py), None where it does not apply."""
+        if self.merged or name in self.unchecked:
+            return None
+        maker, scale = self._makers.get(name), self.scaling[name]
+        if maker is None or maker.scale != scale:
+            core = self.cores[name]
+            if not suits(self.view, self.base_layer, core):
+                return None
+            maker = self._makers[name] = FormMaker(core, self.factors(name), scale)
+        dropped = self.training and self.cores[name].spec.dropout > 0
+        return None if dropped or not fits(self.base_layer, x) else maker
 
     def adapter_output(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the base layer's output for the layer's input x, in the output's layout."""
@@ -327,8 +321,8 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         """Each sample of the batch with its own adapter; "__base__" is none."""
         if len(adapter_names) != len(x):
             raise CoreLoraError(
-                f"{self.key}: adapter_names has {len(adapter_names)} names for a batch of {len(x)}: one each is needed, "
-                "and a layer that sees tokens without their samples can't be used with it"
+                f"{self.key}: adapter_names has {len(adapter_names)} names for a batch of {len(x)}: give one each; "
+                "layers that see tokens without their samples can't be used with it"
             )
         result = result.clone()
         for name in sorted(set(adapter_names) & set(self.cores)):
@@ -361,17 +355,3 @@ class CoreLoraLinear(CoreLoraLayer):
 def layer_class(base_layer: nn.Module) -> type[CoreLoraLayer]:
     """The class that wraps a base layer."""
     return CoreLoraLinear if isinstance(view_of(base_layer), LinearView) else CoreLoraLayer
-
-
-def _is_empty(tensor: Tensor) -> bool:
-    """As `CoreAdapter.empty` leaves it: NaN, or -1 for indices."""
-    first = tensor.flatten()[:1]
-    return bool((first.isnan() if first.is_floating_point() else first < 0).any())
-
-
-def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    """Runs when a state dict went into a CoreLoraLayer: complete the adapters that came from a file."""
-    assert isinstance(module, CoreLoraLayer)
-    for name in sorted(module.unchecked):
-        if not module.has_no_values(name):  # else this state dict was not for the adapter
-            module.complete(name)

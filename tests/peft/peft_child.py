@@ -1,4 +1,4 @@
-"""Run in another process by the tests: `python peft_child.py TASK ARGUMENTS`. Prints or saves what the test compares."""
+"""Run in another process by the tests: `python peft_child.py TASK ARGUMENTS`. Prints or saves what is compared."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_refusals():
         model.add_weighted_adapter(["default", "second"], [1, 1], "sum", combination_type="linear")
     with pytest.raises(CoreLoraError, match=r"(?s)3 problems.*unknown adapter 'secnd'. Did you mean 'second'.*already"):
         model.add_weighted_adapter(["secnd"], [1, 1], "default")
-    with pytest.raises(CoreLoraError, match="unknown combination_type 'sdv'. Did you mean 'svd'"):
+    with pytest.raises(CoreLoraError, match=r"unknown combination_type 'sdv'. Did you mean 'svd'"):
         model.add_weighted_adapter(["second"], [1], "sum", combination_type="sdv")
     with pytest.raises(CoreLoraError, match="svd_rank is for combination_type 'svd'"):
         model.add_weighted_adapter(["second"], [1], "sum", svd_rank=2)

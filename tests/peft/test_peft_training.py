@@ -135,7 +135,7 @@ def test_compile_one_layer_without_a_graph_break(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["nlora", "nora"])
 def test_compiled_model_equals_eager(method):
-    """A whole model, loss and gradients (traced and differentiated by the compiler; C++ code is left to the next test)."""
+    """A whole model, loss and gradients, traced and differentiated; code generation is left to the next test."""
     model = trained(method).train()
     expected = loss_of(model, ids())
     expected.backward()
@@ -207,7 +207,7 @@ def test_mixed_batch_refusals():
     with pytest.raises(CoreLoraError, match="3 names for a batch of 2"):
         logits(model, ids(2), adapter_names=["second"] * 3)
     model.train()
-    with pytest.raises(CoreLoraError, match="call model.eval"):
+    with pytest.raises(CoreLoraError, match=r"call model\.eval"):
         logits(model, ids(1), adapter_names=["second"])
 
 

@@ -1,0 +1,191 @@
+"""The one form that serial adapters take: y = W x + b + Lf G Rf x.
+
+    Rf[p,i] = [R ; W[rows, :]]     what reads the input: trained factors, frozen ones, a slice of W
+    Lf[o,q] = [L | W[:, cols]]     what writes the output, likewise
+    G[q,p]                         a small matrix, made from the core (differentiable); None is the identity
+
+Offsets fit as well. With A = A0 + dA, M = M0 + dM (the core as one matrix), B = B0 + dB,
+
+    B M A - B0 M0 A0 = [dB | B0] [[M, M], [M, dM]] [dA ; A0]
+
+so a difference of products costs one wider product and no cancellation, and the scalings of slices go into G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corelora.adapter import CoreAdapter, Factors
+from corelora.factor import Factor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a form is fixed: how many rows and columns of W take part, which, and the scale of an identity G.
+
+    Attributes:
+        rows: rows of W that follow R in Rf; 0 for none. `row_index` says which; None for the leading ones.
+        cols: columns of W that follow L in Lf; 0 for none. `col_index` says which; None for the leading ones.
+        scale: multiplies everything where G is None; 1 elsewhere (it is in G).
+    """
+
+    rows: int = 0
+    row_index: Tensor | None = None
+    cols: int = 0
+    col_index: Tensor | None = None
+    scale: float = 1.0
+
+
+@dataclass
+class Form:
+    """R[p1,i], L[o,q1], G[q,p] and the layout of one adapter at one moment."""
+
+    R: Tensor | None
+    L: Tensor | None
+    G: Tensor | None
+    layout: Layout
+
+
+def is_serial(core: CoreAdapter) -> bool:
+    """Whether the adapter is one chain of factors: parallel cores have no such form here."""
+    return all(isinstance(stage, str) for stage in core.stages)
+
+
+class FormMaker:
+    """Makes the form of one adapter, again and again; keeps what does not change between forward passes.
+
+    Args:
+        core: what the adapter is; serial.
+        factors: its factors.
+        scale: the adapter's scale.
+    """
+
+    def __init__(self, core: CoreAdapter, factors: Factors, scale: float) -> None:
+        self.core, self.factors, self.scale = core, factors, scale
+        self.A, self.B = factors["A"], factors["B"]
+        self.middle = [factors[str(name)] for name in core.stages[1:-1]]
+        self.a_parts, self.b_parts = _parts(self.A), _parts(self.B)
+        a_live, b_live = self.A.is_live, self.B.is_live
+        self.layout = Layout(
+            rows=core.spec.r if a_live else 0,
+            row_index=self.A.index if a_live else None,
+            cols=core.spec.r if b_live else 0,
+            col_index=self.B.index if b_live else None,
+            scale=1.0 if self.middle or core.has_offsets or a_live or b_live else scale,
+        )
+        self._weights: Tensor | None = None
+        self._constant: Tensor | None = None
+
+    def make(self) -> Form:
+        """The form at this moment."""
+        return Form(self._stack(self.A, 0), self._stack(self.B, 1), self._small(), self.layout)
+
+    def _stack(self, factor: Factor, dim: int) -> Tensor | None:
+        """Stored parts of an outer factor, its trained part first."""
+        if not factor.plan.trained:
+            return factor.start
+        if not factor.plan.offset or factor.start is None:
+            return factor.weight
+        assert factor.weight is not None
+        return torch.cat([factor.weight, factor.start.to(factor.weight.dtype)], dim=dim)
+
+    def _small(self) -> Tensor | None:
+        """G: the blocks of the core, times the scalings."""
+        if len(self.middle) == 1 and self.middle[0].plan.trained and self._is_elementwise():
+            return self._small_of_one(self.middle[0])
+        M, dM = self._middle_matrices()
+        if not self.core.has_offsets:
+            if M is None or not self.middle:
+                return None if self.layout.scale == self.scale else self._scaling(self.A.weight)
+            return self._scaled(M)
+        like = next(t for t in (M, dM, self.A.weight, self.B.weight) if t is not None)
+        r = self.core.spec.r
+        M = torch.eye(r, device=like.device, dtype=like.dtype) if M is None else M
+        dM = torch.zeros_like(M) if dM is None else dM
+        rows = [torch.cat([_block(b, a, M, dM) for a in self.a_parts], dim=1) for b in self.b_parts]
+        return self._scaled(torch.cat(rows))
+
+    def _small_of_one(self, core: Factor) -> Tensor:
+        """G of a single dense trained core, in as few small operations as it takes."""
+        weight = core.weight
+        assert weight is not None
+        if not core.plan.offset:
+            return self._scaled(weight)
+        blocks = (len(self.b_parts), len(self.a_parts))
+        if blocks == (1, 1):
+            return self._scaled(weight)
+        scaling = self._scaling(weight)
+        if self._constant is None or self._constant.device != weight.device or self._constant.dtype != weight.dtype:
+            assert core.start is not None
+            start = core.start.to(weight)
+            empty = torch.zeros_like(start)
+            rows = [torch.cat([_block(b, a, start, empty) for a in self.a_parts], dim=1) for b in self.b_parts]
+            self._constant = (torch.cat(rows) * scaling).detach()
+        return torch.addcmul(self._constant, scaling, weight.repeat(blocks))
+
+    def _middle_matrices(self) -> tuple[Tensor | None, Tensor | None]:
+        """(M, dM) of the middle chain as [r,r]; M None is the identity, dM None is zero."""
+        pair = None
+        for factor in self.middle:
+            like = factor.weight if factor.weight is not None else factor.start
+            assert like is not None
+            pair = factor.on_matrices(pair, None, like.dtype)
+        return (None, None) if pair is None else pair
+
+    def _is_elementwise(self) -> bool:
+        """The core is dense and no slice has an [r,r] transform: G is the core times numbers."""
+        transforms = [t for t in (self.A.transform, self.B.transform) if t is not None]
+        return len(self.middle[0].plan.shape) == 2 and all(t.ndim == 1 for t in transforms)
+
+    def _plain_slices(self) -> bool:
+        return self.A.transform is None and self.B.transform is None
+
+    def _scaled(self, G: Tensor) -> Tensor:
+        """G with the slices' transforms and the scale in it."""
+        if self.scale == 1 and self._plain_slices():
+            return G
+        if self._plain_slices():
+            return G * self.scale
+        if any(t is not None and t.ndim == 2 for t in (self.A.transform, self.B.transform)):
+            return self._transformed(G)
+        return G * self._scaling(G)
+
+    def _scaling(self, like: Tensor | None) -> Tensor:
+        """[q,p]: what each entry of G is multiplied by; ones where nothing is."""
+        assert like is not None
+        if self._weights is None or self._weights.device != like.device or self._weights.dtype != like.dtype:
+            left = torch.cat([self._side_scaling(self.B, part, like) for part in self.b_parts])
+            right = torch.cat([self._side_scaling(self.A, part, like) for part in self.a_parts])
+            self._weights = (self.scale * left[:, None] * right).to(like.dtype)
+        return self._weights
+
+    def _side_scaling(self, factor: Factor, part: str, like: Tensor) -> Tensor:
+        transform = factor.transform
+        if part == "start" and factor.is_live and transform is not None and transform.ndim == 1:
+            return transform.double()
+        return torch.ones(self.core.spec.r, device=like.device, dtype=torch.float64)
+
+    def _transformed(self, G: Tensor) -> Tensor:
+        """G between block-diagonal transforms [r,r] (orthonormal slices)."""
+        left = [self._side_matrix(self.B, part, G) for part in self.b_parts]
+        right = [self._side_matrix(self.A, part, G) for part in self.a_parts]
+        return self.scale * (torch.block_diag(*left) @ G @ torch.block_diag(*right))
+
+    def _side_matrix(self, factor: Factor, part: str, like: Tensor) -> Tensor:
+        if part == "start" and factor.is_live and factor.transform is not None:
+            return factor.transform.to(like)
+        return torch.eye(self.core.spec.r, device=like.device, dtype=like.dtype)
+
+
+def _parts(factor: Factor) -> list[str]:
+    """The parts of an outer factor in the order of Rf and Lf: the trained one first."""
+    parts = ["weight"] if factor.plan.trained else []
+    return parts + (["start"] if factor.plan.needs_start else [])
+
+
+def _block(b: str, a: str, M: Tensor, dM: Tensor) -> Tensor:
+    """One block of [[M, M], [M, dM]]: only start to start is a difference."""
+    return dM if (b, a) == ("start", "start") else M

@@ -1,0 +1,212 @@
+"""The fused path against the reference path: outputs and all gradients, every serial method, both orders."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import corelora
+from corelora import CoreLoraConfig
+from corelora.kernels import core_linear
+from corelora.kernels.core_linear import Order, linear_op
+from corelora.kernels.fast import fused_forward, set_fast, suits
+from corelora.kernels.form import FormMaker
+from corelora.tuner_layer import CoreLoraLayer
+
+# One rounding of a sum in that type, relative to the largest entry; products of thin features lose a little more.
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+CASES = [(m, v, {}) for m in corelora.list_methods() for v in ("default", "published")]
+CASES += [(m, "default", {"sampling": "random"}) for m in ("nlora", "inttune")]
+CASES += [(m, "default", {"slice_scale": s}) for m in ("nlora", "inttune") for s in ("none", "unit", "orthonormal")]
+CASES += [("nlora", "default", {"train": train}) for train in ("A", "B", "core", "A core", "core B", "A B")]
+CASES += [
+    ("nora", "default", {"position": "both"}),
+    ("lora_xs", "default", {"core": "diagonal"}),
+    ("pissa", "default", {"train": "B"}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _restore_modes():
+    mode, order = set_fast("off"), core_linear.set_order(None)
+    yield
+    set_fast(mode)
+    core_linear.set_order(order)
+
+
+def _layer(method: str, variant: str, extra: dict, dtype: torch.dtype, bias: bool = True) -> CoreLoraLayer:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(37, 53, bias=bias)).to(dtype)
+    stats = "weight" if method == "nora" else None
+    config = CoreLoraConfig(
+        method=method, variant=variant, r=8, alpha=12, target_modules=["0"], stats=stats, init_weights=False, **extra
+    )
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    return model.base_model.model[0]
+
+
+def _grads(y: Tensor, x: Tensor, layer: CoreLoraLayer, dy: Tensor) -> list[Tensor]:
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(y, [x, *parameters], dy))
+
+
+def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    scale = float(b.detach().abs().max().clamp(min=1e-12)) if b.numel() else 1.0
+    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def _maker(layer: CoreLoraLayer) -> FormMaker:
+    return FormMaker(layer.cores["default"], layer.factors("default"), layer.scaling["default"])
+
+
+@pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
+@pytest.mark.parametrize(("method", "variant", "extra"), CASES, ids=str)
+def test_fused_equals_reference(method, variant, extra, order):
+    """float32, odd sizes, with and without bias: outputs and gradients of x and of every trained factor."""
+    for bias in (True, False):
+        layer = _layer(method, variant, extra, torch.float32, bias)
+        x = torch.randn(3, 5, 37, requires_grad=True)
+        y = layer(x)
+        dy = torch.randn_like(y)
+        expected = [y, *_grads(y, x, layer, dy)]
+        core_linear.set_order(order)
+        before = x.detach().clone(), dy.clone()
+        fused = fused_forward(x, layer.base_layer, _maker(layer))
+        found = [fused, *_grads(fused, x, layer, dy)]
+        core_linear.set_order(None)
+        for a, b in zip(found, expected, strict=True):
+            _close(a, b, torch.float32)
+        assert torch.equal(x.detach(), before[0]), "the input must come back bit for bit"
+        assert torch.equal(dy, before[1]), "the output's gradient must come back bit for bit"
+
+
+@pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["lora", "slora", "nlora", "inttune", "nora"])
+def test_fused_equals_reference_in_other_types(method, dtype, order):
+    layer = _layer(method, "default", {}, dtype)
+    x = torch.randn(4, 37, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    dy = torch.randn_like(y)
+    expected = [y, *_grads(y, x, layer, dy)]
+    core_linear.set_order(order)
+    fused = fused_forward(x, layer.base_layer, _maker(layer))
+    for a, b in zip([fused, *_grads(fused, x, layer, dy)], expected, strict=True):
+        _close(a, b, dtype)
+
+
+@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (6, 37), (0, 37), (2, 0, 37), (2, 3, 4, 37)], ids=str)
+def test_shapes_of_inputs(method, shape):
+    """One vector, 2-D, 3-D, 4-D and empty batches."""
+    layer = _layer(method, "default", {}, torch.float32)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    dy = torch.randn_like(y)
+    expected = [y, *_grads(y, x, layer, dy)]
+    fused = fused_forward(x, layer.base_layer, _maker(layer))
+    assert fused.shape == y.shape
+    for a, b in zip([fused, *_grads(fused, x, layer, dy)], expected, strict=True):
+        _close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
+@pytest.mark.parametrize("method", ["nlora", "inttune", "slora"])
+def test_inputs_that_are_views(method, order):
+    """Transposed, expanded and strided inputs and gradients: an edit must never touch memory that rows share."""
+    layer = _layer(method, "default", {}, torch.float32)
+    core_linear.set_order(order)
+    for x in (torch.randn(37, 6).T, torch.randn(1, 37).expand(6, 37), torch.randn(6, 74)[:, ::2]):
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        dy = torch.randn(1, y.shape[1]).expand_as(y)
+        expected = [y, *_grads(y, x, layer, dy)]
+        fused = fused_forward(x, layer.base_layer, _maker(layer))
+        for a, b in zip([fused, *_grads(fused, x, layer, dy)], expected, strict=True):
+            _close(a, b, torch.float32)
+
+
+def test_x_is_saved_only_where_a_learns():
+    """What the backward pass keeps: the input where A learns, only thin features elsewhere."""
+    kept: dict[str, bool] = {}
+    for method in ("lora", "slora", "nlora", "pissa", "inttune", "nora", "lora_xs", "lora_fa"):
+        layer = _layer(method, "default", {}, torch.float32)
+        x = torch.randn(11, 37, requires_grad=True)
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+            fused_forward(x, layer.base_layer, _maker(layer))
+        kept[method] = any(t.data_ptr() == x.data_ptr() for t in saved)
+        thin = max(t.shape[1] for t in saved if t.ndim == 2 and t.shape[0] == 11 and t.data_ptr() != x.data_ptr())
+        assert thin <= 16
+    assert kept == {m: m in ("lora", "slora", "nlora", "pissa") for m in kept}
+
+
+def test_inttune_stores_no_outer_factors():
+    layer = _layer("inttune", "default", {}, torch.float32)
+    tensors = [t for n, t in layer.named_buffers() if not n.startswith(("base_layer", "corelora_fingerprint"))]
+    assert sum(t.numel() for t in tensors) <= 2 * 8  # the scalings of rows and columns
+
+
+def test_parallel_cores_take_the_reference_path():
+    layer = _layer("lora_xs", "default", {"core": "parallel_b", "core_start": "zero_b"}, torch.float32)
+    assert not suits(layer.view, layer.base_layer, layer.cores["default"])
+    set_fast("on")
+    assert layer(torch.randn(2, 37)).shape == (2, 53)
+
+
+@pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "nora"])
+def test_one_loss_curve(method):
+    """A tiny Llama trained 50 steps on both paths follows one curve."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes))
+    ids = torch.randint(0, 50, (4, 12))
+    curves = []
+    for mode in ("off", "on"):
+        set_fast(mode)
+        torch.manual_seed(1)
+        config = CoreLoraConfig(method=method, r=8, target_modules="all-linear", stats="weight")
+        model = get_peft_model(copy.deepcopy(base), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        losses = []
+        for _ in range(50):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        curves.append(losses)
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=2e-3, atol=2e-3)
+    assert curves[1][-1] < curves[1][0] - 0.05
+
+
+def test_compiled_layer_is_one_graph():
+    """torch.compile sees the adapter as one node: no graph break, the same numbers."""
+    for method in ("lora", "nlora", "inttune", "nora"):
+        layer = _layer(method, "default", {}, torch.float32)
+        x = torch.randn(6, 37, requires_grad=True)
+        y = layer(x)
+        dy = torch.randn_like(y)
+        expected = [y, *_grads(y, x, layer, dy)]
+        set_fast("on")
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        found = compiled(x)
+        for a, b in zip([found, *_grads(found, x, layer, dy)], expected, strict=True):
+            _close(a, b, torch.float32)
+        set_fast("off")
+
+
+def test_registered_operation_is_well_formed():
+    """Fake tensors, autograd and aliasing of the registered operation, by PyTorch's own checker."""
+    W, x = torch.randn(9, 7), torch.randn(4, 7, requires_grad=True)
+    R, L = torch.randn(3, 7, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    G = torch.randn(5, 5, requires_grad=True)
+    torch.library.opcheck(linear_op, (x, W, None, R, L, G, 2, None, 2, None, 1.0))
+    index = torch.tensor([1, 4], dtype=torch.int32)
+    torch.library.opcheck(linear_op, (x, W, torch.randn(9), None, None, G[:2, :2], 2, index, 2, index, 1.0))
