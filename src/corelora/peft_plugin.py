@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from corelora.combine import add_weighted_adapter
 from corelora.config import CoreLoraConfig
+from corelora.enums import grow
 from corelora.errors import CoreLoraError, raise_all
 from corelora.layers import view_of
 from corelora.loading import has_no_values
@@ -277,10 +278,5 @@ def register() -> None:
     """Make PEFT know the type CORELORA; running it twice does nothing."""
     if NAME.upper() in PeftType.__members__:
         return
-    member = str.__new__(PeftType, NAME.upper())
-    member._name_ = member._value_ = NAME.upper()
-    PeftType._member_map_[NAME.upper()] = member
-    PeftType._member_names_.append(NAME.upper())
-    PeftType._value2member_map_[NAME.upper()] = member
-    type.__setattr__(PeftType, NAME.upper(), member)
+    grow(PeftType, NAME.upper())
     register_peft_method(name=NAME, config_cls=CoreLoraConfig, model_cls=CoreLoraModel, prefix=PREFIX)

@@ -55,14 +55,13 @@ def test_reentrant_checkpointing_without_input_gradients_is_dead():
     model = get_peft_model(llama(), config("lora"))
     head = model.base_model.model.lm_head.weight.requires_grad_(True)  # the loss still has a graph
     model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.base_model.model.disable_input_require_grads()
     model.train()
     check = corelora.check_training(model)
     loss_of(model, ids()).backward()
     check.after_backward()
     assert head.grad is not None
-    with pytest.raises(
-        CoreLoraError, match=r"28 of 28 trained factors got no gradient in 1 step.*enable_input_require"
-    ):
+    with pytest.raises(CoreLoraError, match=r"28 of 28 trained factors got no gradient .*enable_input_require"):
         check.raise_if_dead()
 
 
@@ -125,7 +124,7 @@ def test_nothing_ran():
     model = get_peft_model(convnet(), config("lora", target_modules=["head"], task_type=None))
     check = corelora.check_training(model)
     check.after_backward()
-    with pytest.raises(CoreLoraError, match="no adapted layer saw any input in 1 step|got no gradient"):
+    with pytest.raises(CoreLoraError, match=r"no adapted layer saw any input in 1 step"):
         check.raise_if_dead()
 
 
