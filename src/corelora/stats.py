@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from corelora.errors import CoreLoraError
 from corelora.layers import ConvView, View, view_of
@@ -66,8 +67,12 @@ class InputStats:
         tensors = {f"mean_abs/{n}": t.float().contiguous() for n, t in self.mean_abs.items()}
         tensors |= {f"sample/{n}": t.float().contiguous() for n, t in self.samples.items()}
         temporary = f"{os.fspath(path)}.tmp"
-        save_file(tensors, temporary, metadata={"format": _FORMAT, "tokens": json.dumps(self.tokens)})
-        os.replace(temporary, path)
+        try:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "tokens": json.dumps(self.tokens)})
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):  # only where something broke off
+                os.unlink(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> InputStats:
@@ -111,6 +116,8 @@ class _Running:
         self.total: Tensor | None = None
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
+        if self.view.takes_ids and x.is_floating_point():
+            return  # a position table that looks at the features' shape: it has no ids to count
         sums, count = _column_sums(x.detach(), mask, self.view)
         sums = sums.double()
         self.total = sums if self.total is None else self.total + sums
@@ -222,6 +229,10 @@ def _recording(
 ) -> Iterator[Callable[[Any], None]]:
     """Hooks on the layers for the time of the pass; yields a function that takes the batch's masks."""
     masks: dict[str, Tensor] = {}
+    encoded: list[Tensor] = []  # the encoder's output of this batch, which cross-attention keys read
+
+    def keep_encoded(module: nn.Module, args: Any, output: Any) -> None:
+        encoded[:] = [output if isinstance(output, Tensor) else output[0]]
 
     def set_mask(batch: Any) -> None:
         masks.clear()
@@ -231,11 +242,13 @@ def _recording(
     def hook(name: str) -> Callable:
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            running[name].add(x, _mask_for(name, x, masks))
+            decodes = "decoder" in name and not any(x is e for e in encoded)
+            running[name].add(x, _mask_for(x, masks, decodes))
 
         return record
 
     handles = [layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in layers.items()]
+    handles += [encoder.register_forward_hook(keep_encoded) for encoder in _encoders(model)]
     training = model.training
     model.eval()
     try:
@@ -246,9 +259,21 @@ def _recording(
             handle.remove()
 
 
-def _mask_for(name: str, x: Tensor, masks: dict[str, Tensor]) -> Tensor | None:
-    """The padding mask [batch, tokens] that fits a layer's input, as booleans; None where none does (images)."""
-    order = sorted(masks, key=lambda key: ("decoder" in key) != ("decoder" in name))
+def _encoders(model: nn.Module) -> list[nn.Module]:
+    """The encoders of encoder-decoder models; a decoder's cross-attention reads their padding."""
+    whole = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config.is_encoder_decoder]
+    return list(dict.fromkeys(m.get_encoder() for m in whole))
+
+
+def _mask_for(x: Tensor, masks: dict[str, Tensor], decodes: bool) -> Tensor | None:
+    """The padding mask [batch, tokens] that fits a layer's input, as booleans; None where none does (images).
+
+    Args:
+        x: the input.
+        masks: the batch's masks by name.
+        decodes: the input belongs to the decoder, so its mask comes first where several fit.
+    """
+    order = sorted(masks, key=lambda key: ("decoder" in key) != decodes)
     for key in order:
         mask = masks[key].to(x.device).bool()
         if mask.ndim != 2:
