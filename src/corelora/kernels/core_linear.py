@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from corelora.kernels.edit import add_columns, can_edit, put_back
-from corelora.kernels.form import Form, Layout
+from corelora.kernels.form import Form, FormMaker, Layout
 
 
 class Order(Enum):
@@ -50,7 +50,7 @@ def set_order(order: Order | None) -> Order | None:
     return before
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Side:
     """Factors on one side of G, as rows over the layer's input (or, for the writing side, over its output).
 
@@ -214,23 +214,25 @@ class _CoreLinear(torch.autograd.Function):
     """The eager face: an autograd function costs the host far less than a registered operation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, R: Any, L: Any, G: Any, layout: Layout) -> Tensor:
-        y, U = run_forward(x, W, bias, R, L, G, layout)
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, R: Any, L: Any, C: Any, maker: FormMaker) -> Tensor:
+        G = maker.expand(C)
+        y, U = run_forward(x, W, bias, R, L, G, maker.layout)
         keep_x = R is not None and ctx.needs_input_grad[3]
         ctx.save_for_backward(x if keep_x else None, W, R, L, G, U)
-        ctx.layout = layout
+        ctx.maker = maker
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, W, R, L, G, U = ctx.saved_tensors
         n = ctx.needs_input_grad
-        dx, dR, dL, dG = run_backward(dy, Saved(x, W, R, L, G, U, ctx.layout), (n[0], n[3], n[4], n[5]))
-        return dx, None, None, dR, dL, dG, None
+        saved = Saved(x, W, R, L, G, U, ctx.maker.layout)
+        dx, dR, dL, dG = run_backward(dy, saved, (n[0], n[3], n[4], n[5]))
+        return dx, None, None, dR, dL, None if dG is None else ctx.maker.collapse(dG), None
 
 
 def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor:
-    """y = W x + b + Lf G Rf x, differentiable in x, R, L and G.
+    """y = W x + b + Lf G Rf x, differentiable in x, R, L and the core.
 
     Args:
         x: [..., i].
@@ -238,11 +240,11 @@ def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor
         bias: [o] or None, frozen.
         form: the adapter's form.
     """
+    maker = form.maker
     if torch.compiler.is_compiling():
-        lay = form.layout
-        index = (lay.rows, lay.row_index, lay.cols, lay.col_index, lay.scale)
-        return linear_op(x, W, bias, form.R, form.L, form.G, *index)[0]
-    return _CoreLinear.apply(x, W, bias, form.R, form.L, form.G, form.layout)
+        lay, G = maker.layout, maker.expand(form.C)
+        return linear_op(x, W, bias, form.R, form.L, G, lay.rows, lay.row_index, lay.cols, lay.col_index, lay.scale)[0]
+    return _CoreLinear.apply(x, W, bias, form.R, form.L, form.C, maker)
 
 
 @torch.library.custom_op("corelora::linear", mutates_args=())

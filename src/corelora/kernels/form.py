@@ -41,12 +41,16 @@ class Layout:
 
 @dataclass
 class Form:
-    """R[p1,i], L[o,q1], G[q,p] and the layout of one adapter at one moment."""
+    """R[p1,i], L[o,q1], the core C and how G follows from it: one adapter at one moment.
+
+    `C` is the trained core itself where G is that core times numbers, so that the product and its gradient need no
+    nodes of their own in autograd's graph; else it is G, or None for a G that does not learn.
+    """
 
     R: Tensor | None
     L: Tensor | None
-    G: Tensor | None
-    layout: Layout
+    C: Tensor | None
+    maker: FormMaker
 
 
 def is_serial(core: CoreAdapter) -> bool:
@@ -76,12 +80,35 @@ class FormMaker:
             col_index=self.B.index if b_live else None,
             scale=1.0 if self.middle or core.has_offsets or a_live or b_live else scale,
         )
+        self.blocks = (len(self.b_parts), len(self.a_parts))
+        self.is_unscaled = scale == 1 and self._plain_slices()
+        self.is_direct = len(self.middle) == 1 and self.middle[0].plan.trained and self._is_elementwise()
         self._weights: Tensor | None = None
         self._constant: Tensor | None = None
 
     def make(self) -> Form:
         """The form at this moment."""
-        return Form(self._stack(self.A, 0), self._stack(self.B, 1), self._small(), self.layout)
+        core = self.middle[0].weight if self.is_direct else self._small()
+        return Form(self._stack(self.A, 0), self._stack(self.B, 1), core, self)
+
+    def expand(self, C: Tensor | None) -> Tensor | None:
+        """G[q,p] from the core: linear in C, plus a constant."""
+        if not self.is_direct or C is None:
+            return C
+        if self.blocks == (1, 1):
+            return C if self.is_unscaled else C * self._scaling(C)
+        scaling = self._scaling(C)
+        return torch.addcmul(self._constant_part(C, scaling), scaling, C.repeat(self.blocks))
+
+    def collapse(self, dG: Tensor) -> Tensor:
+        """The gradient of C from that of G: the transpose of `expand`."""
+        if not self.is_direct or (self.is_unscaled and self.blocks == (1, 1)):
+            return dG
+        dG = dG * self._scaling(dG)
+        if self.blocks == (1, 1):
+            return dG
+        r = self.core.spec.r
+        return dG.view(self.blocks[0], r, self.blocks[1], r).sum(dim=(0, 2))
 
     def _stack(self, factor: Factor, dim: int) -> Tensor | None:
         """Stored parts of an outer factor, its trained part first."""
@@ -94,13 +121,9 @@ class FormMaker:
 
     def _small(self) -> Tensor | None:
         """G: the blocks of the core, times the scalings."""
-        if len(self.middle) == 1 and self.middle[0].plan.trained and self._is_elementwise():
-            return self._small_of_one(self.middle[0])
         M, dM = self._middle_matrices()
         if not self.core.has_offsets:
-            if M is None or not self.middle:
-                return None if self.layout.scale == self.scale else self._scaling(self.A.weight)
-            return self._scaled(M)
+            return None if M is None and self.layout.scale == self.scale else self._scaled(M)
         like = next(t for t in (M, dM, self.A.weight, self.B.weight) if t is not None)
         r = self.core.spec.r
         M = torch.eye(r, device=like.device, dtype=like.dtype) if M is None else M
@@ -108,23 +131,17 @@ class FormMaker:
         rows = [torch.cat([_block(b, a, M, dM) for a in self.a_parts], dim=1) for b in self.b_parts]
         return self._scaled(torch.cat(rows))
 
-    def _small_of_one(self, core: Factor) -> Tensor:
-        """G of a single dense trained core, in as few small operations as it takes."""
-        weight = core.weight
-        assert weight is not None
-        if not core.plan.offset:
-            return self._scaled(weight)
-        blocks = (len(self.b_parts), len(self.a_parts))
-        if blocks == (1, 1):
-            return self._scaled(weight)
-        scaling = self._scaling(weight)
-        if self._constant is None or self._constant.device != weight.device or self._constant.dtype != weight.dtype:
-            assert core.start is not None
-            start = core.start.to(weight)
+    def _constant_part(self, C: Tensor, scaling: Tensor) -> Tensor:
+        """G at the start: [[core0, core0], [core0, 0]] times the scalings."""
+        constant = self._constant
+        if constant is None or constant.device != C.device or constant.dtype != C.dtype:
+            start = self.middle[0].start
+            assert start is not None
+            start = start.to(C)
             empty = torch.zeros_like(start)
             rows = [torch.cat([_block(b, a, start, empty) for a in self.a_parts], dim=1) for b in self.b_parts]
-            self._constant = (torch.cat(rows) * scaling).detach()
-        return torch.addcmul(self._constant, scaling, weight.repeat(blocks))
+            constant = self._constant = (torch.cat(rows) * scaling).detach()
+        return constant
 
     def _middle_matrices(self) -> tuple[Tensor | None, Tensor | None]:
         """(M, dM) of the middle chain as [r,r]; M None is the identity, dM None is zero."""
@@ -143,9 +160,12 @@ class FormMaker:
     def _plain_slices(self) -> bool:
         return self.A.transform is None and self.B.transform is None
 
-    def _scaled(self, G: Tensor) -> Tensor:
-        """G with the slices' transforms and the scale in it."""
-        if self.scale == 1 and self._plain_slices():
+    def _scaled(self, G: Tensor | None) -> Tensor:
+        """G with the slices' transforms and the scale in it; None is the identity."""
+        if G is None:
+            like = next(t for t in (self.A.weight, self.B.weight) if t is not None)
+            G = torch.eye(self.core.spec.r, device=like.device, dtype=like.dtype)
+        if self.is_unscaled:
             return G
         if self._plain_slices():
             return G * self.scale
