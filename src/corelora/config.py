@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 
 import corelora.methods  # noqa: F401  (fills the table of methods)
 from corelora.card import write_card
-from corelora.errors import UnknownSettingError, nearest, raise_all, unknown_name
+from corelora.errors import CoreLoraError, UnknownSettingError, nearest, raise_all, unknown_name
 from corelora.registry import METHODS, OUTERS
 from corelora.spec import CHOICE_NAMES, VARIANTS, AdapterSpec, Choices, choice_problems, parse_train
+from corelora.stats import InputStats
 
 ADAPTER_FORMAT = 1  # of the adapter's files; a newer one is refused
 
@@ -95,12 +99,11 @@ class CoreLoraConfig(PeftConfig):
             super_post()
         self.peft_type = PeftType.CORELORA  # type: ignore[attr-defined]
         self.stats_object: Any = None
-        if self.stats is not None and not isinstance(self.stats, str):
-            if hasattr(self.stats, "__fspath__"):
-                self.stats = str(self.stats)
-            else:  # a live object stays outside the fields: only its fingerprint is written
-                self.stats_object, self.stats = self.stats, None
-                self.stats_fingerprint = self.stats_object.fingerprint
+        if isinstance(self.stats, os.PathLike):
+            self.stats = os.fspath(self.stats)
+        elif isinstance(self.stats, InputStats):  # stays outside the fields: only its fingerprint is written
+            self.stats_object, self.stats = self.stats, None
+            self.stats_fingerprint = self.stats_object.fingerprint
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -126,15 +129,12 @@ class CoreLoraConfig(PeftConfig):
         if not found:
             found += choice_problems(self.choices())
         found += self._number_problems()
+        if self.stats is not None and not isinstance(self.stats, str):
+            found.append(f"stats must be an InputStats, a path or 'weight', got {self.stats!r}.")
         if self.target_parameters:
             found.append("target_parameters is not supported: name modules in target_modules instead.")
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern needs layers_to_transform.")
-        if self.adapter_format is not None and self.adapter_format > ADAPTER_FORMAT:
-            found.append(
-                f"this adapter has file format {self.adapter_format}, but this corelora reads up to {ADAPTER_FORMAT}: "
-                "upgrade corelora."
-            )
         return found
 
     def _number_problems(self) -> list[str]:
@@ -145,11 +145,20 @@ class CoreLoraConfig(PeftConfig):
                 found.append(f"{name} must be a whole number of at least 1, got {rank!r}.")
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
-            if alpha is not None and not alpha > 0:
+            if alpha is not None and not _is_number(alpha):
+                found.append(f"{name} must be a number, got {alpha!r}.")
+            elif alpha is not None and not alpha > 0:
                 found.append(f"{name} must be positive, got {alpha!r}.")
-        if self.inner_r is not None and isinstance(self.r, int) and not 1 <= self.inner_r <= self.r:
+        inners = {"inner_r": self.inner_r} | {f"inner_r_pattern[{k!r}]": v for k, v in self.inner_r_pattern.items()}
+        for name, inner in inners.items():
+            if inner is not None and (not isinstance(inner, int) or inner < 1):
+                found.append(f"{name} (k) must be a whole number of at least 1, got {inner!r}.")
+        if isinstance(self.inner_r, int) and isinstance(self.r, int) and self.inner_r > max(self.r, 1):
             found.append(f"inner_r (k) must be between 1 and r = {self.r}, got {self.inner_r!r}.")
-        if not 0 <= self.dropout < 1:
+        for name, value in (("dropout", self.dropout), ("stats_power", self.stats_power)):
+            if not _is_number(value):
+                found.append(f"{name} must be a number, got {value!r}.")
+        if _is_number(self.dropout) and not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), got {self.dropout!r}.")
         return found
 
@@ -203,6 +212,17 @@ class CoreLoraConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory, self.method, self.variant, self.r, self.base_model_name_or_path)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's; a damaged adapter file beside the config is reported here, by its name.
+
+        Raises:
+            CoreLoraError: the folder's adapter file is truncated, or of a newer format.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        _check_readable(os.path.join(os.fspath(pretrained_model_name_or_path), subfolder or ""))
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """As PEFT has it, with the method's choices written out: an adapter keeps its meaning if a default changes."""
         data = asdict(self)
@@ -214,10 +234,31 @@ class CoreLoraConfig(PeftConfig):
         return data
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_readable(folder: str) -> None:
+    """Raise CoreLoraError where a local adapter folder holds a truncated or damaged file (only its header is read)."""
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CoreLoraError(f"{path} is truncated or damaged ({error}): copy or download the adapter again") from None
+
+
 def _checked(init: Any) -> Any:
     """Wrap the dataclass's __init__: unknown keywords are answered with the right name, several together."""
 
     def __init__(self: CoreLoraConfig, *args: Any, **kwargs: Any) -> None:
+        saved = kwargs.get("adapter_format")
+        if isinstance(saved, int) and saved > ADAPTER_FORMAT:  # before its keys are called unknown
+            raise CoreLoraError(
+                f"this adapter has file format {saved}, but this corelora reads up to {ADAPTER_FORMAT}: upgrade corelora"
+            )
         known = [f.name for f in fields(CoreLoraConfig) if f.init]
         unknown = [k for k in kwargs if k not in known]
         if unknown:
