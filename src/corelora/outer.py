@@ -171,7 +171,9 @@ def _place_singular_values(U: Tensor, S: Tensor, Vh: Tensor, where: str) -> tupl
 @outer_start("svd", needs_rank=True, decomposes=True)
 def svd(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Generator) -> OuterStart:
     """Top r of W = U S V^T; with `split` and everything trained it is PiSSA (Meng 2024, Eq. 2 to 4)."""
-    U, S, Vh = truncated_svd(weight.full(), spec.r, spec.svd_solver, generator)
+    W = weight.full()
+    check_finite(W)
+    U, S, Vh = truncated_svd(W, spec.r, spec.svd_solver, generator)
     A, B = _place_singular_values(U, S, Vh, spec.choices.singular_values)
     return OuterStart(A=A, B=B, singular=S)
 
@@ -183,6 +185,7 @@ def awsvd(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.
     NoRA paper, section 3.3 and Algorithm 1. `d` None takes Algorithm 1's own numbers, the mean of |W| over rows.
     """
     W = weight.full()
+    check_finite(W)
     d = W.abs().mean(dim=0) if d is None else d.to(W)
     d = floored(d)
     U, S, Vh = truncated_svd(W * d, spec.r, spec.svd_solver, generator)
