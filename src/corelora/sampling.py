@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from corelora.outer import Weight, truncated_svd
+from corelora.outer import Weight, check_finite, truncated_svd
 from corelora.registry import SAMPLINGS
 
 SamplingFunction = Callable[[Weight, int, int, torch.Generator], Tensor]
@@ -79,6 +79,7 @@ def _nearest_lines(distance: Tensor, r: int) -> Tensor:
 
 def _lines(weight: Weight, axis: int) -> Tensor:
     W = weight.full()
+    check_finite(W)
     return W if axis == 0 else W.T
 
 
