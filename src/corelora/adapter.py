@@ -196,7 +196,7 @@ class CoreAdapter:
             return
         remade = [n for n in self.remade(weight) if n in missing]
         if self.spec.choices.outer == "nystrom":
-            outer = nystrom_at(weight, self.spec, *self._indices(factors))
+            outer = nystrom_at(weight, self.spec, *self._indices(factors, key))
         else:
             d = factors[remade[0]].channel_scale if remade else None
             outer = OUTERS[self.spec.choices.outer].make(weight, self.spec, d, self._generator(key))
@@ -207,7 +207,7 @@ class CoreAdapter:
             self._fill(factor, values.get(name), outer, weight, name)
             factor.to(weight.native().device)
             if name in remade:
-                factor.check_probe(name)
+                factor.check_probe(f"{key}: {name}")
 
     def _is_missing(self, name: str, factor: Factor, weight: BaseWeight) -> bool:
         """A start that is to be made again. Slices move between bases: a file from a float base has none for a
@@ -224,7 +224,7 @@ class CoreAdapter:
         by_core = choices.outer == "nystrom" and choices.core_start in ("nystrom", "zeros", "identity")
         return self.plans[name].source is not None or (by_core and name not in ("A", "B"))
 
-    def _indices(self, factors: Factors) -> tuple[Tensor, Tensor]:
+    def _indices(self, factors: Factors, key: str) -> tuple[Tensor, Tensor]:
         """(rows[r], cols[r]) of the slices: those of the file, or the leading ones."""
         found = []
         for name, size in zip(("A", "B"), self.view.shape, strict=True):
@@ -233,8 +233,8 @@ class CoreAdapter:
             if int(index.min()) < 0 or int(index.max()) >= size:
                 what = "rows" if name == "A" else "columns"
                 raise CoreLoraError(
-                    f"the file's sampling indices for {name} run from {int(index.min())} to {int(index.max())}, but "
-                    f"the weight has {size} {what}: the file is damaged or belongs to another model."
+                    f"{key}: the file's sampling indices for {name} run from {int(index.min())} to {int(index.max())}, "
+                    f"but the weight has {size} {what}: the file is damaged or belongs to another model."
                 )
             found.append(index)
         return found[0], found[1]
