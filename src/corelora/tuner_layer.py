@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
     # -- merging -----------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str, base_weight: Tensor | None = None) -> Tensor:
-        """The change that an adapter makes to the base weight, in the weight's layout, scale included, float32 or wider.
+        """The change that an adapter makes to the base weight, in its layout, scale included, float32 or wider.
 
         Args:
             adapter: the adapter's name.
@@ -207,6 +208,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
             if not self.merged_adapters:
                 self._hold_slices()
                 self._untie()
+                self._warn_of_rounding()
             delta = self.get_delta_weight(name)
             weight = self.get_base_weight()
             merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
@@ -226,6 +228,14 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
                 delta = self.get_delta_weight(name).to(weight.device)
                 self._write((weight.to(delta.dtype) - delta).to(weight.dtype))
         self._release_if_unmerged()
+
+    def _warn_of_rounding(self) -> None:
+        if self.quantization_backend is not None:
+            warnings.warn(
+                f"merging into {self.quantization_backend.backend_name} weights rounds the sum to that storage: "
+                "changes smaller than half a step vanish. For an exact merge, merge into the base in float.",
+                stacklevel=2,
+            )
 
     def _untie(self) -> None:
         """Merge into a copy of a tied weight: its other owner must not change."""

@@ -32,25 +32,25 @@ def ids(rows: int = 2, length: int = 7, seed: int = 3) -> Tensor:
 
 
 @cache
-def _llama(tied: bool) -> LlamaForCausalLM:
+def _llama(tied: bool, width: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=tied,
-        initializer_range=0.2,
+        initializer_range=0.8 / width**0.5,
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
 
 
-def llama(tied: bool = False) -> LlamaForCausalLM:
+def llama(tied: bool = False, width: int = 16) -> LlamaForCausalLM:
     """A Llama of two layers, always the same; weights large enough that an adapter's effect stands out."""
-    return copy.deepcopy(_llama(tied))
+    return copy.deepcopy(_llama(tied, width))
 
 
 def bert() -> BertForSequenceClassification:
