@@ -257,7 +257,8 @@ def _checked(init: Any) -> Any:
         saved = kwargs.get("adapter_format")
         if isinstance(saved, int) and saved > ADAPTER_FORMAT:  # before its keys are called unknown
             raise CoreLoraError(
-                f"this adapter has file format {saved}, but this corelora reads up to {ADAPTER_FORMAT}: upgrade corelora"
+                f"this adapter has file format {saved}, but this corelora reads up to {ADAPTER_FORMAT}: "
+                "upgrade corelora"
             )
         known = [f.name for f in fields(CoreLoraConfig) if f.init]
         unknown = [k for k in kwargs if k not in known]
