@@ -171,7 +171,7 @@ def choice_problems(c: Choices) -> list[str]:
         )
     problems += _dead_problems(c, outer.zero_b and not structure.writes_output, core_is_zero)
     if outer.zero_b and structure.writes_output and c.core_start == "zero_b" and c.train == ("A",):
-        problems.append("B and the parallel branch beside it start at zero and don't train: the adapter could do nothing.")
+        problems.append("B and the branch beside it start at zero and are not trained: the adapter could do nothing.")
     return problems
 
 
