@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from corelora.layers import View
 def backend_of(layer: nn.Module, **options: Any) -> QuantizationBackend | None:
     """PEFT's quantisation backend for a base layer, None for a plain one."""
     return resolve_quantization_backend(layer, **options)
+
+
+def wrapped_layer(module: nn.Module) -> nn.Module | None:
+    """The base layer inside one of PEFT's tuner layers (any method's); None where the module is no such layer."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
 
 
 class BaseWeight:
