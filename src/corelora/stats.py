@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from corelora.errors import CoreLoraError
 from corelora.layers import ConvView, View, view_of
 from corelora.registry import OUTERS
 from corelora.spec import AdapterSpec
-from corelora.storage import BaseWeight, backend_of
+from corelora.storage import BaseWeight, backend_of, wrapped_layer
 
 _FORMAT = "corelora-input-stats-1"
 HOW_TO = (
@@ -216,9 +215,10 @@ def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for key, module in model.named_modules():
         if any(key.startswith(p) for p in inside):
             continue
-        if isinstance(module, BaseTunerLayer):
+        base = wrapped_layer(module)
+        if base is not None:
             inside.append(key + ".")
-            module = module.get_base_layer()
+            module = base
         if view_of(module) is not None:
             yield key, module
 
@@ -328,7 +328,7 @@ def stats_problems(config: Any, stats: InputStats | None, layers: Mapping[str, n
 
 
 def _layer_problem(key: str, layer: nn.Module, stats: InputStats) -> str | None:
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    base = wrapped_layer(layer) or layer
     view, values = view_of(base), stats.mean_abs[key]
     assert view is not None
     if values.shape != (view.shape[1],):
