@@ -257,10 +257,9 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
     def _hold_slices(self) -> None:
         for name in self.cores:
             W = self.live_weight(name)
-            if W is not None:
-                for factor in self.factors(name).values():
-                    if factor.is_live:
-                        factor.set_start(factor.start_matrix(W).clone(), persistent=False)
+            live = [] if W is None else [f for f in self.factors(name).values() if f.is_live]
+            for factor in live:
+                factor.set_start(factor.start_matrix(W).clone(), persistent=False)
 
     def _release_if_unmerged(self) -> None:
         if self.merged_adapters:
