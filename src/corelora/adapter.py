@@ -332,36 +332,31 @@ def run_stage(stage: Stage, pair, step) -> Pair:
     return total
 
 
-def _branches(stage: Stage) -> tuple[tuple[str, ...], ...]:
-    return ((stage,),) if isinstance(stage, str) else stage.branches
+def _branches(stage: Stage, reverse: bool = False) -> tuple[tuple[str, ...], ...]:
+    branches = ((stage,),) if isinstance(stage, str) else stage.branches
+    return tuple(branch[::-1] for branch in branches) if reverse else branches
 
 
 def _who_needs_value(stages: tuple[Stage, ...], offsets: set[str]) -> set[str]:
     """The factors whose v' some later factor with an offset asks for."""
-    needed, later = set(), False
-    for stage in reversed(stages):
-        for branch in _branches(stage):
-            after = later
-            for name in reversed(branch):
-                if after:
-                    needed.add(name)
-                after = after or name in offsets
-        later = later or any(n in offsets for b in _branches(stage) for n in b)
-    return needed
+    return _beyond_an_offset([_branches(s, reverse=True) for s in reversed(stages)], offsets)
 
 
 def _who_sees_diff(stages: tuple[Stage, ...], offsets: set[str]) -> set[str]:
     """The factors that an earlier factor's offset reaches as d."""
-    seen, earlier = set(), False
-    for stage in stages:
-        for branch in _branches(stage):
-            before = earlier
-            for name in branch:
-                if before:
-                    seen.add(name)
-                before = before or name in offsets
-        earlier = earlier or any(n in offsets for b in _branches(stage) for n in b)
-    return seen
+    return _beyond_an_offset([_branches(s) for s in stages], offsets)
+
+
+def _beyond_an_offset(walk: list[tuple[tuple[str, ...], ...]], offsets: set[str]) -> set[str]:
+    """The factors that a walk over the stages' branches reaches after an offset, in the same branch or before it."""
+    found: set[str] = set()
+    passed = False
+    for branches in walk:
+        for branch in branches:
+            first = 0 if passed else next((n for n, name in enumerate(branch, 1) if name in offsets), len(branch))
+            found.update(branch[first:])
+        passed = passed or any(name in offsets for branch in branches for name in branch)
+    return found
 
 
 def _product_starts_at_zero(spec: AdapterSpec) -> bool:
