@@ -7,7 +7,7 @@ adding one touches one file; the command line, the tests and the documents read 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from corelora.errors import CoreLoraError, unknown_name
 
@@ -40,6 +40,10 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._entries:
             raise CoreLoraError(unknown_name(self.kind, name, self._entries))
         return self._entries[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As a dict's: `default` where the name is unknown."""
+        return self._entries.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
