@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -76,7 +75,7 @@ class GradientCheck:
             layer.register_forward_pre_hook(self._seen(key), with_kwargs=True) for key, layer in layers.items()
         ]
         for key in layers:
-            parent, _, _ = _get_submodules(model, key)
+            parent = model.get_submodule(key.rpartition(".")[0])
             self._parents[key] = "parent of " + key
             hook = self._seen(self._parents[key])
             self._handles.append(parent.register_forward_pre_hook(hook, with_kwargs=True))
