@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -99,6 +100,7 @@ class CoreLoraConfig(PeftConfig):
             super_post()
         self.peft_type = PeftType.CORELORA  # type: ignore[attr-defined]
         self.stats_object: Any = None
+        self.targets_given = self.target_modules is not None
         if isinstance(self.stats, os.PathLike):
             self.stats = os.fspath(self.stats)
         elif isinstance(self.stats, InputStats):  # stays outside the fields: only its fingerprint is written
@@ -232,6 +234,29 @@ class CoreLoraConfig(PeftConfig):
         data["stats"] = self.stats if self.stats == "weight" else None
         data["adapter_format"] = ADAPTER_FORMAT
         return data
+
+
+def unmatched_targets(config: CoreLoraConfig, keys: list[str]) -> list[str]:
+    """One sentence for each name or expression in `target_modules` that no module has, with the nearest that one has.
+
+    Args:
+        config: a config whose target_modules the user wrote; PEFT's own table for an architecture may name more.
+        keys: the names of the model's modules.
+    """
+    targets = config.target_modules
+    if not config.targets_given or targets == "all-linear":
+        return []
+    if isinstance(targets, str):
+        if any(re.fullmatch(targets, key) for key in keys):
+            return []
+        return [f"target_modules: the expression {targets!r} matches no module's full name."]
+    ends = {key.rpartition(".")[2] for key in keys} - {""}
+    missing = [t for t in sorted(targets or ()) if not any(key == t or key.endswith(f".{t}") for key in keys)]
+    return [
+        f"target_modules: {t!r} matches no module." + (f" Did you mean {guess!r}?" if guess else "")
+        for t in missing
+        for guess in [nearest(t.rpartition(".")[2], ends)]
+    ]
 
 
 def _is_number(value: object) -> bool:
