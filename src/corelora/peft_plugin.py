@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from corelora.combine import add_weighted_adapter
-from corelora.config import CoreLoraConfig
+from corelora.config import CoreLoraConfig, unmatched_targets
 from corelora.enums import grow
 from corelora.errors import CoreLoraError, raise_all
 from corelora.layers import view_of
@@ -70,7 +70,9 @@ class CoreLoraModel(BaseTuner):
         """Before anything is replaced: report every mistake that the model's layers can show, together."""
         targets = _targets(self, peft_config, model)
         self._stats = None if peft_config.from_file else _load_stats(peft_config)
-        raise_all(_target_problems(peft_config, targets, self._stats), "CoreLoraConfig on this model")
+        problems = [] if peft_config.from_file else unmatched_targets(peft_config, [k for k, _ in model.named_modules()])
+        problems += _target_problems(peft_config, targets, self._stats)
+        raise_all(problems, "CoreLoraConfig on this model")
         self._bar = tqdm(total=len(targets), desc=f"starting {peft_config.method}", unit="layer", delay=2, leave=False)
 
     def _create_and_replace(
