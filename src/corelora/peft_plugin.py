@@ -70,7 +70,8 @@ class CoreLoraModel(BaseTuner):
         """Before anything is replaced: report every mistake that the model's layers can show, together."""
         targets = _targets(self, peft_config, model)
         self._stats = None if peft_config.from_file else _load_stats(peft_config)
-        problems = [] if peft_config.from_file else unmatched_targets(peft_config, [k for k, _ in model.named_modules()])
+        names = [key for key, _ in model.named_modules()]
+        problems = [] if peft_config.from_file else unmatched_targets(peft_config, names)
         problems += _target_problems(peft_config, targets, self._stats)
         raise_all(problems, "CoreLoraConfig on this model")
         self._bar = tqdm(total=len(targets), desc=f"starting {peft_config.method}", unit="layer", delay=2, leave=False)
