@@ -113,6 +113,22 @@ class CoreLoraModel(BaseTuner):
         """Add an adapter whose delta is the weighted sum of others'; see `corelora.combine`."""
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; a merged adapter is refused before anything is deleted (PEFT does so from 0.21 on).
+
+        Raises:
+            ValueError: the adapter does not exist, or is merged.
+        """
+        if any(adapter_name in m.merged_adapters for m in self.modules() if isinstance(m, CoreLoraLayer)):
+            raise CoreLoraError(f"adapter {adapter_name!r} is merged: unmerge before deleting it")
+        super().delete_adapter(adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *, state_dict: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As PEFT's (from 0.21 on), which finds nothing where FSDP1 put its own modules between the named ones."""
+        found = super()._get_adapter_state_dict(state_dict=state_dict, **kwargs)
+        return found or {k: v for k, v in state_dict.items() if f".{PREFIX}" in k}
+
     # -- inference with an adapter for each sample ----------------------------------------------------------------
 
     @contextmanager

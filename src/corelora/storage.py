@@ -110,7 +110,7 @@ def settle(layer: nn.Module) -> None:
 
     bitsandbytes packs 4-bit weights into another layout while it infers on a CPU with AVX512-BF16, and back when the
     layer is asked for its state. Where scales are not quantised themselves it then leaves them transposed, as packed
-    [blocks of a row, o] (0.49; 2.3 off in a tiny model's logits), so they are put back here.
+    [blocks of a row, o] (seen in 0.50), so they are put back here.
     """
     state = getattr(layer.weight, "quant_state", None)
     packed = getattr(state, "packing_format_for_cpu", False)

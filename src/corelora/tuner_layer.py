@@ -151,6 +151,12 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
             if not any(t.is_meta for t in (*factor.parameters(), *factor.buffers())):
                 factor.to(target)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, with what this layer remembers besides."""
+        super().delete_adapter(adapter_name)
+        self.unchecked.discard(adapter_name)
+        self._makers.pop(adapter_name, None)
+
     # -- scale (diffusers, transformers) ---------------------------------------------------------------------------
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -124,8 +124,9 @@ def train(model: nn.Module, loss: Callable[[], Tensor], steps: int = 2, lr: floa
 
 def trained(method: str, base: nn.Module | None = None, **changes) -> nn.Module:
     """A PEFT model with an adapter that has learned a little, in eval mode."""
+    base = llama() if base is None else base
     torch.manual_seed(1)
-    model = get_peft_model(llama() if base is None else base, config(method, **changes))
+    model = get_peft_model(base, config(method, **changes))
     train(model, lambda: loss_of(model, ids()))
     return model.eval()
 
