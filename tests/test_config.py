@@ -193,7 +193,21 @@ def state_of(model: nn.Module):
 
 
 BROKEN = {
-    "no match": ({"target_modules": ["q_prj"]}, {}, r"q_prj"),
+    "no match": (
+        {"target_modules": ["q_prj"]},
+        {},
+        r"target_modules: 'q_prj' matches no module\. Did you mean 'q_proj'\?",
+    ),
+    "one of several does not match": (
+        {"target_modules": ["q_proj", "layers.0.mlp.upproj"]},
+        {},
+        r"target_modules: 'layers\.0\.mlp\.upproj' matches no module\. Did you mean 'up_proj'\?",
+    ),
+    "an expression that matches nothing": (
+        {"target_modules": r"layers\.0\.q_proj"},
+        {},
+        r"the expression 'layers.*q_proj' matches no module's full name",
+    ),
     "r too large": (
         {"r": 9, "target_modules": ["q_proj", "k_proj"]},
         {},
@@ -252,6 +266,24 @@ def test_what_only_the_model_shows_and_that_it_is_left_alone(name):
     assert all(torch.equal(after[k].nan_to_num(7), tensors[k].nan_to_num(7)) for k in tensors)
     assert all(p.requires_grad for p in base.parameters())
     assert not hasattr(base, "peft_config")
+
+
+def test_a_failed_second_adapter_leaves_the_first_alone():
+    """No trace of it in the config, the layers or the output."""
+    model = get_peft_model(llama(), CoreLoraConfig(method="lora", r=2, target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        model.get_parameter("base_model.model.model.layers.2.self_attn.v_proj.weight")[0, 0] = float("inf")
+    expected, (tensors, kinds) = model(IDS).logits, state_of(model)
+    with pytest.raises(CoreLoraError, match=r"layers\.2\.self_attn\.v_proj: the base weight holds NaN or infinite"):
+        model.add_adapter("bad", CoreLoraConfig(method="nlora", r=4, target_modules=["q_proj", "v_proj"]))
+    assert set(model.peft_config) == {"default"}
+    after, kinds_after = state_of(model)
+    assert kinds_after == kinds
+    assert after.keys() == tensors.keys()
+    assert torch.equal(model(IDS).logits.nan_to_num(7), expected.nan_to_num(7))
 
 
 def test_on_small_layer_clip():

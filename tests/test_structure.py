@@ -39,9 +39,14 @@ LAYERS = [
     ["config"],
     ["loading"],
     ["tuner_layer"],
-    ["checks", "combine", "export"],
+    ["checks", "combine"],
     ["peft_plugin"],
+    ["folders", "servers"],
+    ["exportcheck"],
+    ["export"],
     ["__init__"],
+    ["plan_memory"],
+    ["plan"],
     ["tasks"],
     ["run"],
     ["cli", "__main__"],
@@ -54,7 +59,6 @@ LONG_FUNCTIONS: dict[str, str] = {}
 LONG_FILES: dict[str, str] = {}
 MANY_ARGUMENTS: dict[str, str] = {
     "spec.register_method": "one keyword a field of Method; called with names only",
-    "kernels.core_linear.linear_op": "a custom op takes flat tensors and numbers, no dataclass",
     "peft_plugin.CoreLoraModel._create_and_replace": "PEFT's own signature",
 }
 
@@ -138,7 +142,7 @@ def test_sizes(name):
         assert code <= 40 or (code <= 60 and qualified in LONG_FUNCTIONS), f"{qualified}: {code} lines"
         a = node.args
         count = len([x for x in (*a.posonlyargs, *a.args, *a.kwonlyargs) if x.arg not in ("self", "cls", "ctx")])
-        assert count <= 7 or qualified in MANY_ARGUMENTS, f"{qualified}: {count} arguments"
+        assert count <= 7 or qualified in MANY_ARGUMENTS or _is_op(node), f"{qualified}: {count} arguments"
         assert _depth(node) <= 3, f"{qualified}: nested {_depth(node)} deep"
 
 
@@ -151,6 +155,11 @@ def _functions(name: str) -> Iterator[tuple[str, ast.FunctionDef]]:
                 yield from walk(child, f"{prefix}.{child.name}")
 
     yield from walk(_tree(name), name.replace("/", "."))
+
+
+def _is_op(node: ast.FunctionDef) -> bool:
+    """A custom op, or its shape-only twin: PyTorch wants flat tensors and numbers there, no dataclass."""
+    return any("custom_op" in (d := ast.unparse(x)) or "register_fake" in d for x in node.decorator_list)
 
 
 def _code_lines(node: ast.FunctionDef) -> int:
