@@ -6,16 +6,19 @@ _register()
 
 from corelora.checks import GradientCheck, GradientCheckCallback, check_training  # noqa: E402
 from corelora.config import CoreLoraConfig  # noqa: E402
+from corelora.export import ExportReport, export_lora  # noqa: E402
 from corelora.spec import list_methods, register_method  # noqa: E402
 from corelora.stats import InputStats, collect_stats  # noqa: E402
 
 __all__ = [
     "CoreLoraConfig",
+    "ExportReport",
     "GradientCheck",
     "GradientCheckCallback",
     "InputStats",
     "check_training",
     "collect_stats",
+    "export_lora",
     "list_methods",
     "register_method",
 ]

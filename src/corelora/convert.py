@@ -57,3 +57,21 @@ def _halves(
     R, dR = core.chain_matrices(factors, W, core.stages[:cut], dtype)
     L, dL = core.chain_matrices(factors, W, core.stages[cut:], dtype)
     return L, R, dL, dR
+
+
+def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-`rank` factors of B A (Eckart and Young), by QR of both and an SVD of the small product.
+
+    Args:
+        A: [q,i].
+        B: [o,q].
+        rank: the new rank; more than there is gives what there is.
+
+    Returns:
+        A'[rank,i] and B'[o,rank] with the singular values split evenly, and all singular values of B A.
+    """
+    Qb, Rb = torch.linalg.qr(B)
+    Qa, Ra = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    root = S[:rank].sqrt()
+    return root[:, None] * (Vh[:rank] @ Qa.T), (Qb @ U[:, :rank]) * root, S

@@ -1,0 +1,153 @@
+"""Load an export back with plain PEFT, on the same base, and compare before it is called good.
+
+The base is not loaded twice: models are compared in copies of their structure that share every tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from corelora.errors import CoreLoraError
+from corelora.tuner_layer import CoreLoraLayer
+
+# Relative to the largest output (at least 1). bfloat16 and float16: each layer's output is rounded, in another order.
+OUTPUT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Of one layer's change of the weight, as written: a rounding of each number of the two factors.
+LAYER_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def check_export(
+    model: nn.Module,
+    adapter_name: str,
+    folder: Path,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    inputs: Mapping[str, Any] | None = None,
+    exact: bool = True,
+) -> float | None:
+    """Compare the folder, loaded with plain PEFT, with the adapter.
+
+    Args:
+        model: the model under PEFT's wrapper, with the adapter.
+        adapter_name: the adapter's name.
+        folder: the export.
+        pairs: what each layer should hold, (A[q,i], B[o,q]) by the layer's name.
+        inputs: model inputs to compare on; None takes random token ids.
+        exact: the outputs must agree; False where the pairs were cut to a smaller rank.
+
+    Returns:
+        The largest difference of an output, or None where the model does not run on token ids alone.
+
+    Raises:
+        CoreLoraError: keys were not loaded, a layer's change differs, or the outputs do.
+    """
+    with _flags_kept(model):
+        expected = _outputs(_ours(model, adapter_name), inputs)
+        plain = PeftModel.from_pretrained(bare(model), folder).eval()
+        _check_keys(plain, folder)
+        _check_layers(plain, pairs)
+        found = None if expected is None else _outputs(plain, inputs)
+    if expected is None or found is None:
+        return None
+    error = float((found - expected).abs().max())
+    allowed = OUTPUT_TOLERANCE.get(expected.dtype, 1e-4) * max(1.0, float(expected.abs().max()))
+    if exact and not error <= allowed:
+        raise CoreLoraError(f"the export's outputs differ by {error:.2e} from the adapter's; {allowed:.2e} is allowed")
+    return error
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model's structure with the same tensors in it, none of them copied."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """A shared copy of a model without its adapters."""
+    plain = shared_copy(model)
+    for key, layer in list(plain.named_modules()):
+        if isinstance(layer, CoreLoraLayer):
+            plain.set_submodule(key, layer.base_layer)
+    vars(plain).pop("peft_config", None)
+    return plain
+
+
+def _ours(model: nn.Module, adapter_name: str) -> nn.Module:
+    ours = shared_copy(model)
+    for layer in ours.modules():
+        if isinstance(layer, CoreLoraLayer):
+            layer.enable_adapters(True)
+            layer.set_adapter([adapter_name])
+    return ours.eval()
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Which parameters train is a flag on tensors that the copies share: put it back."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any] | None) -> Tensor | None:
+    """The first output on the given inputs or on random token ids, None for a model that takes no ids."""
+    if inputs is None:
+        inputs = _random_ids(model)
+        if inputs is None:
+            return None
+    result = model(**inputs)
+    if isinstance(result, Tensor):
+        return result
+    return result.logits if "logits" in result else result[0]
+
+
+def _random_ids(model: nn.Module) -> dict[str, Tensor] | None:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or inner.main_input_name != "input_ids":
+        return None
+    table: Any = inner.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, table.shape[0], (1, 16), generator=generator).to(table.device)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if inner.config.is_encoder_decoder else {})
+
+
+def _check_keys(plain: PeftModel, folder: Path) -> None:
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        written = set(file.keys())
+    loaded = set(get_peft_model_state_dict(plain, save_embedding_layers=False))
+    if written != loaded:
+        odd = sorted(written ^ loaded)
+        raise CoreLoraError(f"plain PEFT reads other keys than were written: {', '.join(odd[:4])}")
+
+
+def _check_layers(plain: PeftModel, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Each loaded layer's scale * B A against the exact pair, on random vectors."""
+    layers = dict(plain.get_base_model().named_modules())
+    state = get_peft_model_state_dict(plain, save_embedding_layers=False)
+    for name, (A, B) in pairs.items():
+        a, b = (_factor(state, f"base_model.model.{name}", side).to(A) for side in "AB")
+        scale = layers[name].scaling["default"]
+        probe = torch.randn(A.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(A)
+        right = B @ (A @ probe)
+        error = float((scale * (b @ (a @ probe)) - right).norm() / right.norm().clamp(min=1e-30))
+        tolerance = LAYER_TOLERANCE[_factor(state, f"base_model.model.{name}", "A").dtype]
+        if not error <= tolerance:
+            raise CoreLoraError(f"{name}: the change as loaded differs by {error:.1e} from the adapter's")
+
+
+def _factor(state: Mapping[str, Tensor], key: str, side: str) -> Tensor:
+    """lora_A or lora_B of a layer as a matrix."""
+    embedding = state.get(f"{key}.lora_embedding_{side}")
+    return (state[f"{key}.lora_{side}.weight"] if embedding is None else embedding).flatten(1)

@@ -1,0 +1,97 @@
+"""Folders in and out of an export: a result that appears whole or not at all, and a model opened from its adapter."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from corelora.config import CoreLoraConfig
+from corelora.errors import CoreLoraError
+
+CONFIG = "adapter_config.json"
+# The class that a task's base model is loaded with; a config without a task type names its class itself.
+_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@contextmanager
+def finished_folder(out: str | os.PathLike[str], overwrite: bool, source: Any = None) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well; else nothing is left.
+
+    Args:
+        out: the folder to make.
+        overwrite: replace one that is not empty.
+        source: what is exported; where it is a folder, it can't be replaced.
+
+    Raises:
+        CoreLoraError: `out` is in the way.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise CoreLoraError(f"{out} is a file: name a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise CoreLoraError(f"{out} is not empty: choose another folder, or overwrite it with overwrite=True")
+    if isinstance(source, (str, os.PathLike)) and out.resolve() == Path(source).resolve():
+        raise CoreLoraError(f"{out} is the adapter that is being exported: choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spare:
+        made, old = Path(spare) / "new", Path(spare) / "old"
+        made.mkdir()
+        yield made
+        if out.exists():
+            out.rename(old)
+        made.rename(out)
+
+
+def open_model(model_or_folder: Any, adapter_name: str, base_model: Any = None) -> nn.Module:
+    """A model as it is, or the model with the adapter that a folder holds, on its base.
+
+    Args:
+        model_or_folder: a model, or an adapter folder.
+        adapter_name: what to call the adapter of a folder.
+        base_model: the base or its name, in place of the one that the folder names.
+
+    Raises:
+        CoreLoraError: the folder holds no corelora adapter, or names no base model.
+    """
+    if isinstance(model_or_folder, nn.Module):
+        return model_or_folder
+    folder = os.fspath(model_or_folder)
+    if not os.path.isfile(os.path.join(folder, CONFIG)):
+        raise CoreLoraError(f"{folder} holds no adapter: there is no {CONFIG} in it")
+    kind = json.loads(Path(folder, CONFIG).read_text()).get("peft_type")
+    if kind != "CORELORA":
+        raise CoreLoraError(f"{folder} holds an adapter of type {kind}, not one of corelora's")
+    config = CoreLoraConfig.from_pretrained(folder)
+    base = base_model if isinstance(base_model, nn.Module) else _load_base(config, base_model, folder)
+    return PeftModel.from_pretrained(base, folder, adapter_name=adapter_name)
+
+
+def _load_base(config: PeftConfig, name: str | None, folder: str) -> nn.Module:
+    name = name or config.base_model_name_or_path
+    if not name:
+        raise CoreLoraError(f"{folder} does not say which base model it is for: give base_model")
+    mapping = config.auto_mapping or {}
+    if config.task_type is not None:
+        model_class = getattr(transformers, _TASKS[str(getattr(config.task_type, "value", config.task_type))])
+    elif mapping:
+        model_class = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+    else:
+        raise CoreLoraError(f"{folder} does not say which class its base model has: give base_model as a model")
+    return model_class.from_pretrained(name, dtype="auto")
