@@ -69,10 +69,15 @@ def _variations() -> list[Choices]:
 
 
 POINTS, VARIATIONS = _points(), _variations()
-# Files and merging don't look at how a core began: one core start each. Samplings and scalings they do look at.
-THROUGH_PEFT = list({replace(c, core_start="kaiming"): c for c in reversed(POINTS)}.values())
-THROUGH_PEFT += list({replace(c, core_start="kaiming"): c for c in VARIATIONS if c.outer != "nystrom"}.values())
-THROUGH_PEFT += [c for c in VARIATIONS if c.outer == "nystrom"]
+# Files and merging look neither at how a core began nor at how a random factor was drawn, and a `zero` start is what
+# `as_is` is there. Samplings and scalings they do look at.
+_SEEN_BY_FILES = [
+    c for c in POINTS + VARIATIONS if c.start != "zero" and c.outer in ("random", "svd", "awsvd", "nystrom")
+]
+THROUGH_PEFT = list(
+    {replace(c, core_start="kaiming"): c for c in reversed(_SEEN_BY_FILES) if c.slice_scale == "none"}.values()
+)
+THROUGH_PEFT += [c for c in VARIATIONS if c.outer == "nystrom" and c not in THROUGH_PEFT]
 
 
 def _name(c: Choices) -> str:
