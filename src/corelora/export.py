@@ -9,6 +9,7 @@ export leaves nothing behind. What each server takes is in `servers.py`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -23,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from corelora.convert import lora_pair, truncated
-from corelora.errors import CoreLoraError, raise_all, unknown_name
+from corelora.errors import CoreLoraError, raise_all
 from corelora.exportcheck import bare, check_export
-from corelora.folders import finished_folder, open_model
+from corelora.folders import adapted_layers, finished_folder, open_model
 from corelora.layers import ConvView, EmbeddingView, View, view_of
 from corelora.servers import SERVERS, Server, server_named
 from corelora.storage import readable
@@ -148,7 +149,7 @@ def export_lora(
         source = _source(open_model(model_or_adapter_folder, adapter_name, base_model), adapter_name)
         raise_all(_problems(source, server), f"export for {for_}")
         pairs, truncation = _pairs(source, adapter_name, rank)
-        dtype = next(iter(source.layers.values())).weight_access.float_dtype
+        dtype = _dtype(source, adapter_name)
         common = server.rank_for(max(A.shape[0] for A, _ in pairs.values()))
         targets, zeros = server.targets(bare(source.model), source.layers)
         tensors = _tensors(source, pairs, zeros, common, dtype)
@@ -180,14 +181,11 @@ def _source(model: nn.Module, adapter_name: str) -> _Source:
         CoreLoraError: there is none of this name.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {key: m for key, m in inner.named_modules() if isinstance(m, CoreLoraLayer)}
-    if not found:
-        raise CoreLoraError("the model has no corelora adapter")
-    layers = {key: layer for key, layer in found.items() if adapter_name in layer.cores}
-    if not layers:
-        raise CoreLoraError(unknown_name("adapter", adapter_name, {n for m in found.values() for n in m.cores}))
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    extras = {k if k.startswith(KEY) else KEY + k: t for k, t in state.items() if PREFIX not in k}
+    layers = adapted_layers(inner, adapter_name)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    base = {f"{name}.base_layer.weight" for name in layers}  # PEFT saves the table of an adapted embedding
+    named = {k if k.startswith(KEY) else KEY + k: t for k, t in state.items() if PREFIX not in k}
+    extras = {k: t for k, t in named.items() if k.removeprefix(KEY) not in base}
     return _Source(inner, layers, model.peft_config[adapter_name], extras)  # type: ignore[index]
 
 
@@ -221,6 +219,14 @@ def _is_odd(view: View) -> bool:
     return isinstance(view, ConvView) and (view.padding_mode != "zeros" or set(view.dilation) != {1})
 
 
+def _dtype(source: _Source, name: str) -> torch.dtype:
+    """The type that the adapter was trained in: PEFT keeps adapters in float32 on a base of 16 bits."""
+    found = [
+        f.weight.dtype for layer in source.layers.values() for f in layer.factors(name).values() if f.weight is not None
+    ]
+    return functools.reduce(torch.promote_types, found)
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -229,8 +235,6 @@ def _pairs(source: _Source, name: str, rank: int | None) -> tuple[dict[str, tupl
     """(A[q,i], B[o,q]) of each layer, and the relative error of all deltas together that cutting them cost."""
     pairs, lost, total = {}, 0.0, 0.0
     for key, layer in source.layers.items():
-        if name in layer.unchecked:
-            layer.complete(name)
         with readable(layer):
             core = layer.cores[name]
             A, B = lora_pair(core, layer.factors(name), layer.live_weight(name), wide(layer.weight_access.float_dtype))
@@ -287,6 +291,6 @@ def _write(folder: Path, source: _Source, tensors: dict[str, Tensor], targets: l
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    written = json.loads((folder / CONFIG).read_text())
+    written = json.loads((folder / CONFIG).read_text()) | {"target_modules": targets}
     (folder / CONFIG).write_text(json.dumps({k: written[k] for k in _CLASSIC if k in written}, indent=2) + "\n")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

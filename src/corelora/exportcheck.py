@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,9 +53,30 @@ def check_export(
     with _flags_kept(model):
         expected = _outputs(_ours(model, adapter_name), inputs)
         plain = PeftModel.from_pretrained(bare(model), folder).eval()
-        _check_keys(plain, folder)
-        _check_layers(plain, pairs)
+        file = load_file(folder / "adapter_model.safetensors")
+        _check_keys(plain, file)
+        _check_layers(plain, pairs, file)
         found = None if expected is None else _outputs(plain, inputs)
+    return _compared(expected, found, exact)
+
+
+def check_outputs(model: nn.Module, adapter_name: str, other: nn.Module) -> float | None:
+    """The largest difference of another model's outputs from the adapter's; None for a model that takes no ids.
+
+    Args:
+        model: the model under PEFT's wrapper, with the adapter.
+        adapter_name: the adapter's name.
+        other: the model to compare, on the same device.
+
+    Raises:
+        CoreLoraError: they differ by more than the type's rounding explains.
+    """
+    with _flags_kept(model):
+        expected = _outputs(_ours(model, adapter_name), None)
+    return _compared(expected, _outputs(other.eval(), None), exact=True)
+
+
+def _compared(expected: Tensor | None, found: Tensor | None, exact: bool) -> float | None:
     if expected is None or found is None:
         return None
     error = float((found - expected).abs().max())
@@ -123,28 +144,29 @@ def _random_ids(model: nn.Module) -> dict[str, Tensor] | None:
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if inner.config.is_encoder_decoder else {})
 
 
-def _check_keys(plain: PeftModel, folder: Path) -> None:
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        written = set(file.keys())
+def _check_keys(plain: PeftModel, file: Mapping[str, Tensor]) -> None:
     loaded = set(get_peft_model_state_dict(plain, save_embedding_layers=False))
+    written = set(file) - {key for key in plain.state_dict() if key not in loaded}  # resized embeddings are the base's
     if written != loaded:
         odd = sorted(written ^ loaded)
         raise CoreLoraError(f"plain PEFT reads other keys than were written: {', '.join(odd[:4])}")
 
 
-def _check_layers(plain: PeftModel, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _check_layers(plain: PeftModel, pairs: Mapping[str, tuple[Tensor, Tensor]], file: Mapping[str, Tensor]) -> None:
     """Each loaded layer's scale * B A against the exact pair, on random vectors."""
-    layers = dict(plain.get_base_model().named_modules())
+    layers: dict[str, Any] = dict(plain.get_base_model().named_modules())
     state = get_peft_model_state_dict(plain, save_embedding_layers=False)
     for name, (A, B) in pairs.items():
-        a, b = (_factor(state, f"base_model.model.{name}", side).to(A) for side in "AB")
-        scale = layers[name].scaling["default"]
+        key = f"base_model.model.{name}"
+        a, b = (_factor(state, key, side).to(A) for side in "AB")
         probe = torch.randn(A.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(A)
         right = B @ (A @ probe)
-        error = float((scale * (b @ (a @ probe)) - right).norm() / right.norm().clamp(min=1e-30))
-        tolerance = LAYER_TOLERANCE[_factor(state, f"base_model.model.{name}", "A").dtype]
-        if not error <= tolerance:
-            raise CoreLoraError(f"{name}: the change as loaded differs by {error:.1e} from the adapter's")
+        error = float((layers[name].scaling["default"] * (b @ (a @ probe)) - right).norm())
+        tolerance = LAYER_TOLERANCE[_factor(file, key, "A").dtype]
+        if not error <= tolerance * max(float(right.norm()), 1e-30):
+            raise CoreLoraError(
+                f"{name}: the change as loaded differs by {error:.1e} from the adapter's {float(right.norm()):.1e}"
+            )
 
 
 def _factor(state: Mapping[str, Tensor], key: str, side: str) -> Tensor:

@@ -16,7 +16,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from corelora.config import CoreLoraConfig
-from corelora.errors import CoreLoraError
+from corelora.errors import CoreLoraError, unknown_name
+from corelora.tuner_layer import CoreLoraLayer
 
 CONFIG = "adapter_config.json"
 # The class that a task's base model is loaded with; a config without a task type names its class itself.
@@ -81,6 +82,28 @@ def open_model(model_or_folder: Any, adapter_name: str, base_model: Any = None) 
     config = CoreLoraConfig.from_pretrained(folder)
     base = base_model if isinstance(base_model, nn.Module) else _load_base(config, base_model, folder)
     return PeftModel.from_pretrained(base, folder, adapter_name=adapter_name)
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CoreLoraLayer]:
+    """The layers that carry an adapter, by name.
+
+    Args:
+        model: the model under PEFT's wrapper.
+        adapter_name: the adapter's name.
+
+    Raises:
+        CoreLoraError: there is no adapter of this name; the message names the nearest.
+    """
+    found = {key: m for key, m in model.named_modules() if isinstance(m, CoreLoraLayer)}
+    if not found:
+        raise CoreLoraError("the model has no corelora adapter")
+    layers = {key: layer for key, layer in found.items() if adapter_name in layer.cores}
+    if not layers:
+        raise CoreLoraError(unknown_name("adapter", adapter_name, {n for m in found.values() for n in m.cores}))
+    for layer in layers.values():
+        if adapter_name in layer.unchecked:
+            layer.complete(adapter_name)
+    return layers
 
 
 def _load_base(config: PeftConfig, name: str | None, folder: str) -> nn.Module:

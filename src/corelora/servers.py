@@ -69,12 +69,14 @@ class Server:
         return sorted(chosen), sorted(n for n in modules if caught(n, chosen) and n not in adapted)
 
     def _target(self, name: str, adapted: set[str], linear: set[str], modules: dict[str, nn.Module]) -> str:
-        """The shortest ending of a name that catches adapted layers only, or, for servers, linear layers too."""
+        """The shortest ending that catches adapted layers only, or, for servers, linear layers too; else the name."""
         allowed = adapted | linear if self.short_names else adapted
         parts = name.split(".")
         for n in range(1, len(parts) + 1):
             ending = ".".join(parts[-n:])
-            if not ending.isdigit() and all(m in allowed for m in modules if caught(m, {ending})):
+            if parts[-n].isdigit():
+                return name
+            if all(m in allowed for m in modules if caught(m, {ending})):
                 return ending
         return name
 
