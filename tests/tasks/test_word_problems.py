@@ -1,0 +1,79 @@
+"""The built-in task: deterministic, honest splits, one rule to read answers."""
+
+import pytest
+
+from corelora.tasks.word_problems import (
+    TEMPLATES,
+    Problem,
+    held_out_problems,
+    is_right,
+    read_answer,
+    scores,
+    training_problems,
+)
+
+
+def test_same_seed_same_problems():
+    assert training_problems(50, seed=3) == training_problems(50, seed=3)
+    assert training_problems(50, seed=3) != training_problems(50, seed=4)
+
+
+def test_templates_cover_the_kinds():
+    assert len(TEMPLATES) >= 12
+    assert {t.kind for t in TEMPLATES} == {"addition", "subtraction", "multiplication", "two steps"}
+    assert sum(t.held_out for t in TEMPLATES) == 2
+
+
+def test_training_never_sees_held_out_pairs_templates_or_questions():
+    train, test = training_problems(3000), held_out_problems(400)
+    seen = {pair for p in train for pair in p.pairs}
+    assert not seen & {pair for p in test for pair in p.pairs}
+    unseen_templates = {p.template for p in test} - {p.template for p in train}
+    assert unseen_templates == {t.name for t in TEMPLATES if t.held_out}
+    assert not {p.question for p in train} & {p.question for p in test}
+
+
+def test_answers_are_right_by_a_second_route():
+    """Every solution's steps are evaluated as Python and chain up to the answer; numbers come from the question."""
+    for problem in training_problems(500) + held_out_problems(200):
+        *steps, last = problem.solution.removesuffix(".").split(". ")
+        for step in steps:
+            left, right = step.split(" = ")
+            assert eval(left) == int(right)
+        assert last == f"The answer is {problem.answer}"
+        assert int(steps[-1].split(" = ")[1]) == problem.answer > 0
+        assert read_answer(problem.solution) == problem.answer
+        for number in problem.pairs[0]:
+            assert str(number) in problem.question
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("The answer is 42.", 42),
+        ("12 + 30 = 42", 42),
+        ("It costs 1,024 dollars.", 1024),
+        ("3.5", 3.5),
+        ("the result is -7", -7),
+        ("20 -13", 13),
+        ("9-4", 4),
+        ("First 7, then 9 apples, so 16 in total!", 16),
+        ("no idea", None),
+        ("", None),
+        ("answer: 5 (five)", 5),
+        ("1,2", 12),
+        ("5.", 5),
+    ],
+)
+def test_last_number_of_a_reply(reply, value):
+    assert read_answer(reply) == value
+
+
+def test_scores_by_template():
+    problems = [Problem(t, "addition", "q", "s", n, ()) for t, n in (("x", 4), ("x", 5), ("y", 6))]
+    table = scores(problems, ["4", "no", "it is 6"])
+    assert table["all"] == {"right": 2, "count": 3, "percent": 66.67}
+    assert table["x"]["percent"] == 50
+    assert table["y"]["percent"] == 100
+    assert not is_right("", problems[0])
+    assert not is_right("44", problems[0])
