@@ -218,7 +218,7 @@ def test_all_linear_leaves_the_head_alone():
 
 
 def test_targets_that_match_nothing_are_an_error():
-    with pytest.raises(ValueError, match=r"[Tt]arget modules .*nowhere.* not found"):
+    with pytest.raises(ValueError, match="'nowhere' matches no module"):
         get_peft_model(llama(), config("nlora", target_modules=["nowhere"]))
 
 
