@@ -58,6 +58,7 @@ PEFT_FILES = {"storage", "tuner_layer", "peft_plugin", "config"}
 LONG_FUNCTIONS: dict[str, str] = {}
 LONG_FILES: dict[str, str] = {}
 MANY_ARGUMENTS: dict[str, str] = {
+    "export.export_lora": "public; the options after the folders are keywords of the command line",
     "spec.register_method": "one keyword a field of Method; called with names only",
     "peft_plugin.CoreLoraModel._create_and_replace": "PEFT's own signature",
 }
