@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from corelora.convert import lora_pair, truncated
 from corelora.errors import CoreLoraError, raise_all
@@ -147,16 +148,16 @@ def export_lora(
     server = server_named(for_)
     with finished_folder(out_folder, overwrite, source=model_or_adapter_folder) as folder:
         source = _source(open_model(model_or_adapter_folder, adapter_name, base_model), adapter_name)
-        raise_all(_problems(source, server), f"export for {for_}")
+        raise_all(_problems(source, server, rank), f"export for {for_}")
         pairs, truncation = _pairs(source, adapter_name, rank)
         dtype = _dtype(source, adapter_name)
-        common = server.rank_for(max(A.shape[0] for A, _ in pairs.values()))
+        common = server.rank_for(needed := max(A.shape[0] for A, _ in pairs.values()))
         targets, zeros = server.targets(bare(source.model), source.layers)
         tensors = _tensors(source, pairs, zeros, common, dtype)
         _write(folder, source, tensors, targets, common)
         error = None
         if check is not False:
-            inputs = check if isinstance(check, Mapping) else None
+            inputs = None if check is True else check
             error = check_export(source.model, adapter_name, folder, pairs, inputs, exact=not truncation)
         size = (folder / WEIGHTS).stat().st_size
     return ExportReport(
@@ -171,6 +172,7 @@ def export_lora(
         error=error,
         truncation=truncation,
         max_lora_rank=common,
+        notes=tuple(_notes(source, adapter_name, server, needed, common)),
     )
 
 
@@ -189,9 +191,9 @@ def _source(model: nn.Module, adapter_name: str) -> _Source:
     return _Source(inner, layers, model.peft_config[adapter_name], extras)  # type: ignore[index]
 
 
-def _problems(source: _Source, server: Server) -> list[str]:
+def _problems(source: _Source, server: Server, rank: int | None) -> list[str]:
     """What a plain LoRA, or this server, can't hold."""
-    problems = []
+    problems = [] if rank is None or rank >= 1 else [f"rank must be at least 1, got {rank}."]
     if any(layer.merged for layer in source.layers.values()):
         problems.append("the adapter is merged: call unmerge_adapter() first.")
     kinds = {name: layer.view for name, layer in source.layers.items()}
@@ -254,7 +256,7 @@ def _tensors(
     Raises:
         CoreLoraError: a number is not finite, or too large for the file's type.
     """
-    tensors = dict(source.extras)
+    tensors = {key: t.clone() for key, t in source.extras.items()}  # tied ones would share memory
     modules = dict(source.model.named_modules())
     for name in zeros:
         view = view_of(modules[name])
@@ -294,3 +296,21 @@ def _write(folder: Path, source: _Source, tensors: dict[str, Tensor], targets: l
     written = json.loads((folder / CONFIG).read_text()) | {"target_modules": targets}
     (folder / CONFIG).write_text(json.dumps({k: written[k] for k in _CLASSIC if k in written}, indent=2) + "\n")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _notes(source: _Source, name: str, server: Server, needed: int, common: int) -> Iterator[str]:
+    """What the reader of a report should know about its rank and its keys."""
+    own = max(layer.cores[name].spec.r for layer in source.layers.values())
+    if needed > own:
+        yield (
+            f"The start is subtracted and factors on both sides of it moved, so the exact LoRA has rank {needed}, not "
+            f"{own}; rank={own} cuts it by an SVD and reports the error."
+        )
+    if common > needed:
+        yield f"Rank {needed} was filled up with zeros to {common}, which vLLM takes."
+    model = source.model
+    if server.short_names and isinstance(model, PreTrainedModel) and model.base_model is model:
+        yield (
+            f"The keys are those of a bare {type(model).__name__}. A server that loads it inside another class wants "
+            "that class's names: train on the class that will be served."
+        )
