@@ -26,7 +26,7 @@ import corelora
 from corelora import CoreLoraConfig
 from corelora.run.generate import chat_prompt, replies
 from corelora.run.models import load_causal_lm, smollm2_folder
-from corelora.tasks.word_problems import Problem, held_out_problems, scores, training_problems
+from corelora.tasks.word_problems import TEMPLATES, Problem, held_out_problems, scores, training_problems
 
 
 @dataclass
@@ -124,7 +124,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     trainable, total = tuned.get_nb_trainable_parameters()
     print(f"\n{settings.method}, r = {settings.r}: {trainable:,} of {total:,} parameters train\n", flush=True)
     losses = train(tuned, tokenizer, settings)
-    tuned.save_pretrained(out / "adapter")
+    tuned.save_pretrained(str(out / "adapter"))
     tokenizer.save_pretrained(out / "adapter")
     tuned.merge_adapter()  # one matrix a layer while answering
     after = replies(tuned, tokenizer, questions, desc="after")
@@ -165,7 +165,7 @@ def versions() -> dict[str, str]:
 def report(results: dict[str, Any], problems: list[Problem], shown: int = 4) -> str:
     """The table before and after by template, and a few generations side by side."""
     kinds = {p.template: p.kind for p in problems}
-    unseen = {t.name for t in corelora.tasks.word_problems.TEMPLATES if t.held_out}
+    unseen = {t.name for t in TEMPLATES if t.held_out}
     lines = ["", f"{'template':28s} {'kind':15s} {'n':>4s} {'before':>8s} {'after':>8s}"]
     for name in [*sorted(kinds, key=lambda n: (kinds[n], n)), "all"]:
         b, a = results["before"][name], results["after"][name]
