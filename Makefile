@@ -43,8 +43,8 @@ test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu tests
 
 lint: $(STAMP)  ## ruff and the type checker
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove the environment and what runs left

@@ -1,4 +1,4 @@
-"""Time and memory of one training step, side by side: `python benchmarks/step.py [--layers 32] [--rounds 2] [NAME ...]`.
+"""Time and memory of one training step, side by side: `python benchmarks/step.py [--layers 32] [NAME ...]`.
 
 LLaMA-2-7B shapes with random bfloat16 weights on a GPU (a tiny model in float32 on a CPU, to try the script). All
 variants run in one process, in interleaved rounds; ratios are to the frozen base with input gradients. One JSON line a
