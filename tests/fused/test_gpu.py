@@ -1,0 +1,141 @@
+"""The fused path on a GPU: `make test-gpu`. Everything here also has a CPU test; what differs is types and orders."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from corelora import CoreLoraConfig
+from corelora.kernels import core_linear
+from corelora.kernels.core_linear import Order
+from corelora.kernels.fast import set_fast
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+METHODS = ["lora", "slora", "nlora", "inttune", "nora", "pissa", "lora_xs", "lora_fa"]
+# Relative to the norm of the answer in float64; thin features are rounded once more than a plain product's.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def _restore_modes():
+    mode, order = set_fast("auto"), core_linear.set_order(None)
+    yield
+    set_fast(mode)
+    core_linear.set_order(order)
+
+
+def _model(method: str, dtype: torch.dtype, **extra) -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(330, 270)).cuda()
+    config = CoreLoraConfig(method=method, r=24, target_modules=["0"], stats="weight", init_weights=False, **extra)
+    return get_peft_model(base, config).to(dtype)
+
+
+def _error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("order", [None, *Order], ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_against_float64(method, dtype, order):
+    """Outputs and all gradients against the reference path in float64; the input comes back bit for bit."""
+    for extra in [{}] if method not in ("nlora", "inttune") else [{}, {"sampling": "random"}]:
+        model = _model(method, dtype, **extra)
+        exact = copy.deepcopy(model).double()
+        x = torch.randn(5, 77, 330, device="cuda", dtype=dtype, requires_grad=True)
+        dy = torch.randn(5, 77, 270, device="cuda", dtype=dtype)
+        set_fast("off")
+        x64 = x.detach().double().requires_grad_()
+        y64 = exact(x64)
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        expected = torch.autograd.grad(y64, [x64, *(exact.get_parameter(n) for n in names)], dy.double())
+        set_fast("on")
+        core_linear.set_order(order)
+        before = x.detach().clone(), dy.clone()
+        y = model(x)
+        found = torch.autograd.grad(y, [x, *(model.get_parameter(n) for n in names)], dy)
+        assert torch.equal(x.detach(), before[0])
+        assert torch.equal(dy, before[1])
+        assert _error(y, y64) < TOLERANCE[dtype]
+        for name, a, b in zip(["x", *names], found, expected, strict=True):
+            assert _error(a, b) < 2 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
+def test_compiled_by_inductor(method):
+    model = _model(method, torch.bfloat16)
+    x = torch.randn(64, 330, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = model(x)
+    expected = torch.autograd.grad(y.float().square().sum(), x)[0]
+    compiled = torch.compile(model, fullgraph=True)
+    z = compiled(x)
+    found = torch.autograd.grad(z.float().square().sum(), x)[0]
+    assert _error(z, y) < 2e-2
+    assert _error(found, expected) < 2e-2
+
+
+def _llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=100, num_hidden_layers=2, **sizes)).cuda()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
+def test_training_follows_the_reference(method, autocast, checkpointing):
+    """50 steps of a small Llama with a bfloat16 base and float32 adapters, both paths, with and without autocast."""
+    curves = []
+    ids = torch.randint(0, 100, (4, 32), device="cuda")
+    for mode in ("off", "on"):
+        set_fast(mode)
+        base = _llama().to(torch.float32 if autocast else torch.bfloat16)
+        torch.manual_seed(1)
+        model = get_peft_model(base, CoreLoraConfig(method=method, r=8, target_modules="all-linear", stats="weight"))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+            model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        losses = []
+        for _ in range(50):
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        curves.append(torch.tensor(losses))
+    assert float((curves[0] - curves[1]).abs().max()) < 0.06
+    assert curves[1][-1] < curves[1][0] - 0.1
+
+
+def test_small_contributions_survive_bfloat16():
+    """Accumulated before the output is rounded, a small contribution is closer to the truth than added after."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(512, 512, bias=False)).cuda().to(torch.bfloat16)
+    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+    truth = x.double() @ base[0].weight.double().T
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=["0"]), autocast_adapter_dtype=False)
+    lora = model.base_model.model[0]
+    nn.init.normal_(lora.lora_B["default"].weight, std=2e-3)
+    A, B = lora.lora_A["default"].weight.clone(), lora.lora_B["default"].weight.clone()
+    delta = x.double() @ A.double().T @ B.double().T
+    peft_error = _error(model(x).double() - truth, delta)
+    plain = model.unload()
+    ours = get_peft_model(
+        plain, CoreLoraConfig(method="lora", r=16, target_modules=["0"]), autocast_adapter_dtype=False
+    )
+    layer = ours.base_model.model[0]
+    layer.corelora_A["default"].weight.data.copy_(A)
+    layer.corelora_B["default"].weight.data.copy_(B)
+    assert _error(ours(x).double() - truth, delta) < peft_error
