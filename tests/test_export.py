@@ -16,10 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 import corelora
 from corelora import CoreLoraConfig, export_lora, export_merged
@@ -38,15 +49,17 @@ def ids() -> Tensor:
     return torch.randint(1, VOCAB, (2, 7), generator=torch.Generator().manual_seed(3))
 
 
+SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "initializer_range": 0.2}
+
+
 @cache
 def _models(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "initializer_range": 0.2}
     if kind == "bert":
-        return BertForMaskedLM(BertConfig(**sizes, max_position_embeddings=16)).eval()
+        return BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=16)).eval()
     tied = kind == "tied"
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=tied)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=tied)).eval()
 
 
 def base(kind: str = "llama") -> nn.Module:
@@ -303,9 +316,69 @@ def test_convolutions_and_embeddings_for_peft(tmp_path):
     assert gap(expected, found) < 1e-6
     assert report.error is not None
     assert report.error < 1e-6
-    assert export_lora(model, tmp_path / "layers", for_="peft").error is None  # no ids: layers alone are compared
+    report = export_lora(model, tmp_path / "layers", for_="peft")  # no ids: layers alone are compared
+    assert report.error is None
+    assert "loaded back with plain PEFT: each layer agrees" in str(report)
+    assert "not loaded back" in str(export_lora(model, tmp_path / "unchecked", for_="peft", check=False))
     with pytest.raises(CoreLoraError, match="plain, point, table are no linear layers"):
         export_lora(model, tmp_path / "server")
+
+
+def test_a_diffusion_model(tmp_path):
+    """diffusers' injected adapters, and merged weights that diffusers loads."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+    inputs = {"sample": torch.randn(1, 2, 8, 8), "timestep": torch.tensor(3)}
+    inputs["encoder_hidden_states"] = torch.randn(1, 3, 8)
+    model = copy.deepcopy(unet)
+    model.add_adapter(CoreLoraConfig(r=4, target_modules=["to_q", "conv1"]))
+    stir(model)
+    export_lora(model, tmp_path / "out", for_="peft", check=inputs)
+    export_merged(model, tmp_path / "merged")
+    with torch.no_grad():
+        expected, first = model(**inputs)[0], unet(**inputs)[0]
+        merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged")(**inputs)[0]
+        found = plain(tmp_path / "out", unet)(**inputs)[0]
+    assert gap(expected, first) > 100 * TOLERANCE
+    assert gap(found, expected) < TOLERANCE
+    assert gap(merged, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_base(tmp_path, bits):
+    """The plain LoRA sits on the quantised base as the adapter does; merged weights are refused."""
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    config = LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 64}, num_key_value_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+
+    untouched = logits(load())
+    model = adapted(load(), target_modules=["q_proj", "down_proj"])
+    export_lora(model, tmp_path / "out")
+    assert gap(logits(model), untouched) > 0.1
+    assert gap(logits(plain(tmp_path / "out", load())), logits(model)) < TOLERANCE
+    with pytest.raises(CoreLoraError, match=r"q_proj and 3 more layers are quantised.*base_model set"):
+        export_merged(model, tmp_path / "merged")
+    model.save_pretrained(tmp_path / "adapter")
+    in_float = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base_model=in_float)
 
 
 def test_convolutions_that_no_lora_fits(tmp_path):
@@ -392,6 +465,19 @@ def test_from_a_folder(tmp_path, task):
     for out in ("named", "given"):
         assert gap(logits(plain(tmp_path / out)), logits(model)) < TOLERANCE
     assert settings(tmp_path / "named")["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_a_classifier_from_its_folder(tmp_path):
+    """The head that was trained along says how many labels the base is to be loaded with."""
+    encoder = tmp_path / "base"
+    BertModel(base("bert").config).save_pretrained(encoder)
+    classifier = BertForSequenceClassification.from_pretrained(encoder, num_labels=5)
+    model = adapted(classifier, target_modules=["query"], task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "out", for_="peft")
+    fresh = plain(tmp_path / "out", BertForSequenceClassification.from_pretrained(encoder, num_labels=5))
+    assert logits(model).shape == (2, 5)
+    assert gap(logits(fresh), logits(model)) < TOLERANCE
 
 
 # -- folders -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from corelora.config import ADAPTER_FORMAT, CoreLoraConfig
-from corelora.convert import lora_pair
+from corelora.convert import lora_pair, truncated
 from corelora.core import Par
 from corelora.errors import raise_all, unknown_name
 from corelora.spec import Choices
@@ -191,7 +191,7 @@ def _add_pairs(tuner: Any, terms: _Sum, name: str, rank: int | None) -> None:
                 right, left = lora_pair(layer.cores[other], layer.factors(other), layer.live_weight(other))
                 found.append((right, weight * left))
         A, B = torch.cat([p[0] for p in found]), torch.cat([p[1] for p in found], dim=1)
-        pairs[key] = (A, B) if rank is None else _cut(A, B, rank)
+        pairs[key] = (A, B) if rank is None else truncated(A, B, rank)[:2]
     config = _config(tuner, terms, {k: A.shape[0] for k, (A, _) in pairs.items()}, method="lora")
     _inject(tuner, name, config)
     for key, (A, B) in pairs.items():
@@ -199,16 +199,6 @@ def _add_pairs(tuner: Any, terms: _Sum, name: str, rank: int | None) -> None:
         dtype = _trained_dtype(layer, terms.on(layer)[0][0])
         _set(layer.factors(name)["A"].weight, A, like=dtype)
         _set(layer.factors(name)["B"].weight, B, like=dtype)
-
-
-def _cut(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-`rank` factors of B A, with the singular values split evenly (Eckart and Young)."""
-    Qb, Rb = torch.linalg.qr(B)
-    Qa, Ra = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    rank = min(rank, S.numel())
-    root = S[:rank].sqrt()
-    return root[:, None] * (Vh[:rank] @ Qa.T), (Qb @ U[:, :rank]) * root
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------

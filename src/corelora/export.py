@@ -69,7 +69,8 @@ class ExportReport:
         zero_layers: those that are zeros.
         bytes: size of the safetensors file.
         dtype: of the tensors in the file.
-        error: largest difference of an output from the adapter's, as checked; None where no model ran.
+        checked: it was loaded back with plain PEFT, and each layer's change is the adapter's.
+        error: largest difference of an output from the adapter's; None where the model does not run on ids alone.
         truncation: relative error of the deltas that `rank` cost, 0 where nothing was cut.
         max_lora_rank: what to start vLLM and SGLang with.
         notes: what the reader should know.
@@ -83,18 +84,20 @@ class ExportReport:
     zero_layers: int
     bytes: int
     dtype: str
+    checked: bool
     error: float | None
     truncation: float
     max_lora_rank: int
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        checked = "not checked" if self.error is None else f"largest difference of an output {self.error:.1e}"
+        checked = "each layer agrees" if self.error is None else f"largest difference of an output {self.error:.1e}"
+        checked = f"loaded back with plain PEFT: {checked}" if self.checked else "not loaded back"
         zeros = f" ({self.zero_layers} of them zero)" if self.zero_layers else ""
         lines = [
             f"plain LoRA in {self.path}",
             f"  rank {self.rank}, alpha {self.alpha}, {self.layers} layers{zeros}, {self.dtype}, "
-            f"{self.bytes / 1e6:.2f} MB; loaded back with plain PEFT: {checked}",
+            f"{self.bytes / 1e6:.2f} MB; {checked}",
         ]
         if self.truncation:
             lines.append(f"  cut to the rank asked for: relative error {self.truncation:.2e} of the weights' changes")
@@ -135,7 +138,8 @@ def export_lora(
         for_: who will load it: all, peft, vllm, sglang, tgi, llamacpp or ollama; `all` writes what each of them takes.
         rank: cut to this rank by QR and a small SVD; None keeps the exact pair.
         base_model: with a folder, the base model or its name, in place of the one that the adapter names.
-        check: load the export back and compare; a mapping gives the model inputs to compare on.
+        check: load the export back and compare, on random token ids where the model takes them; a mapping gives the
+            model's inputs to compare on.
         overwrite: replace a folder that is not empty.
 
     Returns:
@@ -155,10 +159,7 @@ def export_lora(
         targets, zeros = server.targets(bare(source.model), source.layers)
         tensors = _tensors(source, pairs, zeros, common, dtype)
         _write(folder, source, tensors, targets, common)
-        error = None
-        if check is not False:
-            inputs = None if check is True else check
-            error = check_export(source.model, adapter_name, folder, pairs, inputs, exact=not truncation)
+        error = _check(source, adapter_name, folder, pairs, check, not truncation)
         size = (folder / WEIGHTS).stat().st_size
     return ExportReport(
         path=Path(out_folder),
@@ -169,6 +170,7 @@ def export_lora(
         zero_layers=len(zeros),
         bytes=size,
         dtype=str(dtype).removeprefix("torch."),
+        checked=check is not False,
         error=error,
         truncation=truncation,
         max_lora_rank=common,
@@ -219,6 +221,12 @@ def _problems(source: _Source, server: Server, rank: int | None) -> list[str]:
 
 def _is_odd(view: View) -> bool:
     return isinstance(view, ConvView) and (view.padding_mode != "zeros" or set(view.dilation) != {1})
+
+
+def _check(source: _Source, name: str, folder: Path, pairs: Any, check: Any, exact: bool) -> float | None:
+    if check is False:
+        return None
+    return check_export(source.model, name, folder, pairs, None if check is True else check, exact)
 
 
 def _dtype(source: _Source, name: str) -> torch.dtype:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
 
 from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, unknown_name
 from corelora.tuner_layer import CoreLoraLayer
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The class that a task's base model is loaded with; a config without a task type names its class itself.
 _TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -106,15 +107,33 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CoreLoraLay
     return layers
 
 
-def _load_base(config: PeftConfig, name: str | None, folder: str) -> nn.Module:
+def _load_base(config: Any, name: str | None, folder: str) -> nn.Module:
     name = name or config.base_model_name_or_path
     if not name:
         raise CoreLoraError(f"{folder} does not say which base model it is for: give base_model")
     mapping = config.auto_mapping or {}
-    if config.task_type is not None:
-        model_class = getattr(transformers, _TASKS[str(getattr(config.task_type, "value", config.task_type))])
+    task = _task(config)
+    if task is not None:
+        model_class = getattr(transformers, _TASKS[task])
     elif mapping:
         model_class = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
     else:
         raise CoreLoraError(f"{folder} does not say which class its base model has: give base_model as a model")
-    return model_class.from_pretrained(name, dtype="auto")
+    labels = _labels(config, folder)
+    return model_class.from_pretrained(name, dtype="auto", **({"num_labels": labels} if labels else {}))
+
+
+def _labels(config: Any, folder: str) -> int | None:
+    """How many labels the head of a classifier has that is in the adapter's file, None where it holds none."""
+    weights = Path(folder, WEIGHTS)
+    if _task(config) not in ("SEQ_CLS", "TOKEN_CLS") or not weights.is_file():
+        return None
+    with safe_open(weights, framework="pt") as file:
+        heads = [k for k in file.keys() for m in config.modules_to_save or () if f".{m}." in k]  # noqa: SIM118
+        shapes = [file.get_slice(k).get_shape() for k in heads if k.endswith("weight")]
+    return min((shape[0] for shape in shapes), default=None)
+
+
+def _task(config: Any) -> str | None:
+    """A task type is an enum's member or its text."""
+    return None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
