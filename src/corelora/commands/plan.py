@@ -55,15 +55,7 @@ def request_of(arguments: argparse.Namespace) -> PlanRequest:
     Raises:
         CoreLoraError: an unknown method, a setting that is not KEY=VALUE, or a number that can't be.
     """
-    settings: dict[str, Any] = {}
-    for given in arguments.set:
-        key, sign, value = given.partition("=")
-        try:
-            settings[key.strip()] = _value(given, value)
-        except yaml.YAMLError:
-            sign = ""
-        if not sign:
-            raise CoreLoraError(f"--set takes KEY=VALUE with a value in YAML, got {given!r}")
+    settings = dict(_setting(given) for given in arguments.set)
     names = sorted(METHODS) if arguments.method == "all" else [n for n in arguments.method.split(",") if n]
     target = arguments.target
     return PlanRequest(
@@ -86,12 +78,16 @@ def request_of(arguments: argparse.Namespace) -> PlanRequest:
     )
 
 
-def _value(given: str, text: str) -> Any:
-    """The VALUE of `--set KEY=VALUE`, which is YAML: a number, a word, a list in brackets."""
+def _setting(given: str) -> tuple[str, Any]:
+    """`KEY=VALUE` as a pair; the value is YAML: a number, a word, a list in brackets."""
+    key, sign, value = given.partition("=")
+    mistake = f"--set takes KEY=VALUE with a value in YAML, got {given!r}"
+    if not sign:
+        raise CoreLoraError(mistake)
     try:
-        return yaml.safe_load(text)
+        return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
-        raise CoreLoraError(f"--set {given!r}: {text!r} is neither a number, a word nor a complete list") from None
+        raise CoreLoraError(mistake) from None
 
 
 def _print(request: PlanRequest, plans: list[MethodPlan]) -> None:
