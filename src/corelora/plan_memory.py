@@ -35,14 +35,29 @@ from corelora.tuner_layer import CoreLoraLayer
 GIB = 2**30
 RESERVE = GIB  # of a GPU, for its context, library workspaces, rounding and fragmentation
 
-# Bytes a trained number costs in optimiser states, and bytes a trained number of temporaries while it steps.
-OPTIMIZERS: dict[str, tuple[float, float]] = {
-    "adamw": (8, 0),  # fused, transformers' default on a GPU: two float32 moments
-    "adamw_foreach": (8, 4),  # torch.optim.AdamW's own default: a copy for the square roots
-    "adamw_8bit": (2 * (1 + 4 / 256), 0),  # bitsandbytes: a byte each, a float32 scale a block of 256
-    "rmsprop": (4, 4),
-    "sgd": (0, 0),
-    "momentum": (4, 0),
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerCost:
+    """What an optimiser holds for each trained number.
+
+    Attributes:
+        copies: states of the factor's own type.
+        fixed: bytes of other states.
+        temporary: copies made while it steps.
+    """
+
+    copies: int = 0
+    fixed: float = 0.0
+    temporary: int = 0
+
+
+OPTIMIZERS: dict[str, OptimizerCost] = {
+    "adamw": OptimizerCost(copies=2),  # fused, transformers' default on a GPU
+    "adamw_foreach": OptimizerCost(copies=2, temporary=1),  # torch.optim.AdamW's own default: square roots on the side
+    "adamw_8bit": OptimizerCost(fixed=2 * (1 + 4 / 256)),  # bitsandbytes: a byte, and a float32 scale a block of 256
+    "rmsprop": OptimizerCost(copies=1, temporary=1),
+    "sgd": OptimizerCost(),
+    "momentum": OptimizerCost(copies=1),
 }
 
 
@@ -186,17 +201,17 @@ class StepSimulator:
         inputs = training_inputs(model, step.batch, step.length)
         live = LiveBytes(getattr(model.config.get_text_config(), "vocab_size", None))  # type: ignore[union-attr,operator]
         trained = [p for p in model.parameters() if p.requires_grad]
-        count = sum(p.numel() for p in trained)
-        state, temporary = OPTIMIZERS[step.optimizer]
+        count, size = (sum(n(p) for p in trained) for n in (Tensor.numel, _bytes))
+        cost = OPTIMIZERS[step.optimizer]
         with live:
             for parameter in model.parameters():
                 live.hold(parameter, "trained" if parameter.requires_grad else "weights")
             for name, buffer in model.named_buffers():
                 live.hold(buffer, "outer" if "corelora_" in name else "weights")
-            live.live["optimizer"] = int(state * count)
+            live.live["optimizer"] = int(cost.copies * size + cost.fixed * count)
             handles = [p.register_post_accumulate_grad_hook(lambda q: live.hold(q.grad, "gradients")) for p in trained]
             loss_of(model(**inputs)).backward()
-            live.live["optimizer"] += int(temporary * count)
+            live.live["optimizer"] += cost.temporary * size
             for parameter in trained:
                 live.hold(parameter, "trained")
             for handle in handles:
@@ -259,6 +274,10 @@ def loss_of(output: Any) -> Tensor:
     if not parts:
         raise CoreLoraError("the model's output does not depend on any trained factor")
     return torch.stack(parts).sum()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from corelora.adapter import CoreAdapter
-from corelora.commands.output import markdown_table, print_json, table
+from corelora.commands.output import print_json, table
 from corelora.layers import LinearView
 from corelora.registry import CORES, METHODS
 from corelora.spec import CHOICE_NAMES, AdapterSpec, Choices, Method
@@ -23,9 +23,7 @@ HEADERS = ["method", "outer", "core", "train", "start", "published has", "trains
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="show this method's choices, settings and source")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print the list as a Markdown table")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,11 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([describe(METHODS[name]) for name in sorted(METHODS)])
         return 0
-    rows = method_rows()
-    if arguments.markdown:
-        print(markdown_table(HEADERS, rows))
-        return 0
-    rows = [[*row[:-1], textwrap.shorten(row[-1], 36, placeholder=" ...")] for row in rows]
+    rows = [[*row[:-1], textwrap.shorten(row[-1], 36, placeholder=" ...")] for row in method_rows()]
     print(table(HEADERS, rows, left=[h for h in HEADERS if not h.startswith("at ")]))
     print(f"\ni inputs, o outputs, r outer rank, k inner rank; counted for one {SIDE} x {SIDE} layer with k = {K}.")
     print("Next: `corelora methods NAME` shows one method, `corelora plan MODEL` what it costs on a model.")

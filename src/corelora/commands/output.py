@@ -25,12 +25,6 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[
     return "\n".join([line(headers), line(["-" * w for w in widths]), *(line(row) for row in rows)])
 
 
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as Markdown."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def megabytes(size: int | None) -> str:
     """Bytes as "7.42 MB" (10^6 bytes), "-" for None."""
     return "-" if size is None else f"{size / 1e6:,.2f} MB"
