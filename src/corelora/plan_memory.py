@@ -180,7 +180,7 @@ class StepSimulator:
         except Exception as error:  # the model is not ours: whatever it raises only means that there is no estimate
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise CoreLoraError(
-                f"memory can't be estimated, the model does not run on shapes alone: {reason[0]}"
+                f"memory can't be estimated, the model fails on a made-up batch without values: {reason[0]}"
             ) from error
 
     @contextmanager
@@ -248,6 +248,8 @@ def training_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tens
         length = min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
         inputs["input_ids"] = torch.zeros(batch, length, dtype=torch.long)
     vision = getattr(config, "vision_config", config)
+        if "decoder_input_ids" in names:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
     needs_pixels = "input_ids" not in names or "return_loss" in names
     if "pixel_values" in names and needs_pixels:
         size = vision.image_size
