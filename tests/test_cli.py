@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTConfig
 
 from corelora import CoreLoraConfig, __version__
 from corelora.cli import COMMANDS, main
@@ -104,6 +104,8 @@ def test_as_a_process(tmp_path):
         (["plan", "llama", "--set", "sampling"], "--set takes KEY=VALUE"),
         (["plan", "llama", "--no-memory", "--set", "samplin=random"], "use 'sampling'"),
         (["plan", "llama", "--set", "sampling=[a"], "--set takes KEY=VALUE with a value in YAML"),
+        (["plan", "llama", "--set", "r=3"], "'r' has its own option (--r)"),
+        (["plan", "llama", "--set", "method=lora", "--set", "inner_r=3"], "'inner_r' has its own option (--inner-r)"),
         (["plan", "llama", "--gpu", "0"], "gpu must be a size"),
         (["merge", "nothing", "out"], "nothing"),
     ],
@@ -201,9 +203,42 @@ def test_plan_takes_settings_and_targets(base, capsys):
 
 
 def test_plan_says_what_does_not_fit(base, capsys):
-    """A rank that is too large is a method's problem, not the end; exit code 1 where nothing is left."""
-    assert main(["plan", str(base), "--method", "nlora", "--r", "40", "--no-memory"]) == 1
-    assert "The largest r that fits all is 16" in capsys.readouterr().out
+    """A rank that is too large is a method's problem, not the end; where no method is left it is the user's."""
+    words = ["plan", str(base), "--r", "40", "--no-memory"]
+    assert main([*words, "--method", "lora,nlora"]) == 0
+    seen = capsys.readouterr()
+    assert "The largest r that fits all is 16" in seen.err
+    assert seen.err.startswith("nlora: ")
+    assert "lora" in seen.out
+    assert "nlora" not in seen.out
+    assert main([*words, "--method", "nlora,inttune", "--json"]) == 2
+    seen = capsys.readouterr()
+    assert seen.err.startswith("corelora plan: nlora, inttune: ")  # one line for the mistake of both
+    assert seen.err.count("The largest r that fits all is 16") == 1
+    assert seen.out == ""
+
+
+def test_plan_names_the_tokens_it_counted(tmp_path, capsys):
+    """A length is cut to the model's positions, and the output says so; images have no tokens."""
+    short = LlamaConfig(**{**SMALL.to_diff_dict(), "max_position_embeddings": 32})
+    short.save_pretrained(tmp_path / "short")
+    words = ["--method", "lora", "--r", "4", "--batch", "1"]
+    assert main(["plan", str(tmp_path / "short"), *words, "--length", "1000"]) == 0
+    assert "1 x 32 tokens" in capsys.readouterr().out
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    ViTConfig(**sizes, image_size=32, patch_size=16).save_pretrained(tmp_path / "images")
+    assert main(["plan", str(tmp_path / "images"), *words]) == 0
+    out = capsys.readouterr().out
+    assert "batch 1, adamw" in out
+    assert " tokens," not in out
+
+
+def test_plan_that_fits_nothing_says_what_to_try(base, capsys):
+    """No method is recommended that does not fit."""
+    assert main(["plan", str(base), "--method", "lora", "--r", "4", "--gpu", "0.5", "--length", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "Next: nothing fits. Try --checkpointing" in out
+    assert "CoreLoraConfig(" not in out
 
 
 def test_plan_of_all_methods(base, capsys):
@@ -226,6 +261,18 @@ def test_export_gives_the_same_logits(base, adapter, tmp_path, capsys):
     bare = AutoModelForCausalLM.from_pretrained(base).eval()
     assert (ours(ids).logits - plain(ids).logits).abs().max() < 1e-4
     assert (ours(ids).logits - bare(ids).logits).abs().max() > 1e-2
+
+
+def test_a_base_that_is_gone_is_named(base, adapter, tmp_path, capsys):
+    """The adapter's base has moved: the message names it and the option; with `--base` the export works."""
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace(json.dumps(str(base)), json.dumps(str(tmp_path / "moved"))))
+    assert main(["export", str(adapter), str(tmp_path / "plain")]) == 2
+    err = capsys.readouterr().err
+    assert f"the base model '{tmp_path / 'moved'}' can't be loaded" in err
+    assert "--base" in err
+    assert not (tmp_path / "plain").exists()
+    assert main(["export", str(adapter), str(tmp_path / "plain"), "--base", str(base)]) == 0
 
 
 def test_merge_gives_the_same_logits(base, adapter, tmp_path, capsys):

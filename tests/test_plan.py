@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    ResNetConfig,
     T5Config,
 )
 
@@ -447,11 +448,15 @@ OTHERS = {
             d_kv=8,
             num_layers=2,
             num_heads=2,
-            decoder_start_token_id=0,
             architectures=["T5ForConditionalGeneration"],
         ),
         ["q", "v"],
     ),
+    "t5_by_type": (  # a config without a class gets the type's language model
+        T5Config(vocab_size=50, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2),
+        ["q", "v"],
+    ),
+    "resnet": (ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1]), ["convolution"]),
     "clip": (
         CLIPConfig(
             text_config={"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},

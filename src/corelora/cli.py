@@ -1,7 +1,7 @@
 """The command line: `corelora COMMAND`. Each command is a module of `corelora.commands`.
 
-Exit codes: 0 done, 1 done but with nothing to show for it, 2 wrong input (one message on standard error), 130 stopped
-by the user. Anything else is a fault of corelora and shows its traceback.
+Exit codes: 0 done, 2 wrong input (one message on standard error), 130 stopped by the user. Anything else is a fault of
+corelora and shows its traceback.
 """
 
 from __future__ import annotations

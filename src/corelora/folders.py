@@ -48,7 +48,7 @@ def finished_folder(out: str | os.PathLike[str], overwrite: bool, source: Any = 
     if out.exists() and not out.is_dir():
         raise CoreLoraError(f"{out} is a file: name a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise CoreLoraError(f"{out} is not empty: choose another folder, or overwrite it with overwrite=True")
+        raise CoreLoraError(f"{out} is not empty: choose another folder, or overwrite it (overwrite=True, --overwrite)")
     if isinstance(source, (str, os.PathLike)) and out.resolve() == Path(source).resolve():
         raise CoreLoraError(f"{out} is the adapter that is being exported: choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,12 @@ def _load_base(config: Any, name: str | None, folder: str) -> nn.Module:
     else:
         raise CoreLoraError(f"{folder} does not say which class its base model has: give base_model as a model")
     labels = _labels(config, folder)
-    return model_class.from_pretrained(name, dtype="auto", **({"num_labels": labels} if labels else {}))
+    try:
+        return model_class.from_pretrained(name, dtype="auto", **({"num_labels": labels} if labels else {}))
+    except (OSError, ValueError) as error:  # not a name, nothing there, or no network
+        raise CoreLoraError(
+            f"the base model {name!r} can't be loaded: give another one as base_model (--base) ({error})"
+        ) from error
 
 
 def _labels(config: Any, folder: str) -> int | None:

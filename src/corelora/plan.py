@@ -18,15 +18,26 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, nearest, raise_all, unknown_name
-from corelora.plan_memory import GIB, RESERVE, Step, StepMemory, StepSimulator, largest_batch
+from corelora.plan_memory import GIB, RESERVE, Step, StepMemory, StepSimulator, largest_batch, training_inputs
 from corelora.registry import METHODS, OUTERS
 from corelora.tuner_layer import CoreLoraLayer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# From model types to class names, for configs that name no class.
+_LANGUAGE_MODELS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+_ENCODER_DECODERS = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+
+_OWN_OPTIONS = ("method", "variant", "r", "inner_r")  # of a request, so they are no `settings`
 
 # Names of types in a safetensors header, in the order in which the format lays tensors out (widest first).
 _SAFE_DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
@@ -66,6 +77,11 @@ class PlanRequest:
             problems.append(unknown_name("dtype", self.dtype, DTYPES))
         if not self.gpu > 0:
             problems.append(f"gpu must be a size in GiB above 0, got {self.gpu}.")
+        problems += [
+            f"{key!r} has its own option (--{key.replace('_', '-')}): it can't be set with --set."
+            for key in _OWN_OPTIONS
+            if key in self.settings
+        ]
         raise_all(problems + self.step.problems(), "plan")
 
     def config_for(self, method: str, **changes: Any) -> CoreLoraConfig:
@@ -87,6 +103,7 @@ class MethodPlan:
         file_bytes_small: as `file_bytes_native`, with frozen outer factors left out (`store_outer: false`); None where
             none are stored.
         memory: what is alive at the peak of a training step.
+        length: tokens of a sequence in that step, None where the model reads no tokens.
         largest_batch: the largest batch that fits the GPU, by the line through two batches.
     """
 
@@ -99,6 +116,7 @@ class MethodPlan:
     file_bytes_native: int | None = None
     file_bytes_small: int | None = None
     memory: StepMemory | None = None
+    length: int | None = None
     fits: bool | None = None
     largest_batch: int | None = None
     problem: str | None = None
@@ -166,7 +184,14 @@ def _memory(model: PeftModel, request: PlanRequest) -> dict[str, Any]:
     here, there = simulator.measure(step), simulator.measure(other)
     room = int(request.gpu * GIB) - RESERVE
     small, large = sorted(((step.batch, here.peak), (other.batch, there.peak)))
-    return {"memory": here, "fits": here.peak <= room, "largest_batch": largest_batch(small, large, room)}
+    with torch.device("meta"):
+        ids = training_inputs(model, step.batch, step.length).get("input_ids")
+    return {
+        "memory": here,
+        "length": ids.shape[1] if isinstance(ids, Tensor) else None,
+        "fits": here.peak <= room,
+        "largest_batch": largest_batch(small, large, room),
+    }
 
 
 # -- models ------------------------------------------------------------------------------------------------------
@@ -212,7 +237,7 @@ def _first_line(error: Exception) -> str:
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a config on the meta device: the class that the config names, else the type's language model."""
     name = next(iter(config.architectures or []), None)
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+    for mapping in _ENCODER_DECODERS if config.is_encoder_decoder else _LANGUAGE_MODELS:
         name = name or mapping.get(config.model_type)
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     with torch.device("meta"):

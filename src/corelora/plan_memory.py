@@ -33,6 +33,7 @@ from corelora.kernels.fast import set_fast
 from corelora.tuner_layer import CoreLoraLayer
 
 GIB = 2**30
+IMAGE_SIDE = 224  # of images for a model whose config names no size
 RESERVE = GIB  # of a GPU, for its context, library workspaces, rounding and fragmentation
 
 
@@ -247,12 +248,12 @@ def training_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tens
     if "input_ids" in names:
         length = min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
         inputs["input_ids"] = torch.zeros(batch, length, dtype=torch.long)
-    vision = getattr(config, "vision_config", config)
         if "decoder_input_ids" in names:
             inputs["decoder_input_ids"] = inputs["input_ids"]
+    vision = getattr(config, "vision_config", config)
     needs_pixels = "input_ids" not in names or "return_loss" in names
     if "pixel_values" in names and needs_pixels:
-        size = vision.image_size
+        size = getattr(vision, "image_size", None) or IMAGE_SIDE
         height, width = (size, size) if isinstance(size, int) else size
         inputs["pixel_values"] = torch.zeros(batch, vision.num_channels, height, width, dtype=inner.dtype)
     if "return_loss" in names:

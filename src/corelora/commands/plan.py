@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import yaml
@@ -39,14 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan; the exit code is 1 where no method can be had on this model."""
+    """Print the plan.
+
+    Raises:
+        CoreLoraError: no method can be had on this model; otherwise those that can't are named on standard error.
+    """
     request = request_of(arguments)
     plans = make_plan(request, memory=not arguments.no_memory)
+    problems = _problems(plans)
+    if not any(p.trained for p in plans):
+        raise CoreLoraError("\n".join(problems))
+    for problem in problems:
+        print(problem, file=sys.stderr)
     if arguments.json:
         print_json({"model": request.model, "dtype": request.dtype, "plans": [p.as_dict() for p in plans]})
     else:
         _print(request, plans)
-    return 0 if any(p.trained for p in plans) else 1
+    return 0
 
 
 def request_of(arguments: argparse.Namespace) -> PlanRequest:
@@ -90,13 +100,17 @@ def _setting(given: str) -> tuple[str, Any]:
         raise CoreLoraError(mistake) from None
 
 
-def _print(request: PlanRequest, plans: list[MethodPlan]) -> None:
-    good = [p for p in plans if p.trained is not None]
+def _problems(plans: list[MethodPlan]) -> list[str]:
+    """One line a problem, after the names of the methods that have it."""
+    methods: dict[str, list[str]] = {}
     for plan in plans:
         if plan.problem:
-            print(f"{plan.method}: {plan.problem}\n")
-    if not good:
-        return
+            methods.setdefault(plan.problem, []).append(plan.method)
+    return [f"{', '.join(names)}: {problem}" for problem, names in methods.items()]
+
+
+def _print(request: PlanRequest, plans: list[MethodPlan]) -> None:
+    good = [p for p in plans if p.trained is not None]
     k = good[0].inner_r
     print(f"{request.model}, {request.dtype} weights, r = {request.r}, k = {k}, {good[0].modules} adapted modules\n")
     headers = ["method", "trained", "file", f"file in {request.dtype}", "outer factors left out"]
@@ -106,14 +120,19 @@ def _print(request: PlanRequest, plans: list[MethodPlan]) -> None:
     print("\nfile: trained factors in float32, as PEFT keeps and saves them. 1 MB = 10^6 bytes, header included.")
     if any(p.memory for p in good):
         _print_memory(request, [p for p in good if p.memory])
-    best = min(good, key=lambda p: p.trained or 0).method
+    if all(p.fits is False for p in good):
+        print("\nNext: nothing fits. Try --checkpointing, a smaller --batch or --length, or a larger --gpu.")
+        return
+    best = min((p for p in good if p.fits is not False), key=lambda p: p.trained or 0).method
     print(f'\nNext: CoreLoraConfig(method="{best}", r={request.r}); `corelora methods {best}` says what it does.')
 
 
 def _print_memory(request: PlanRequest, plans: list[MethodPlan]) -> None:
     step = request.step
     extra = ", gradient checkpointing" if step.checkpointing else ""
-    print(f"\nPeak of one training step in GiB, {step.batch} x {step.length} tokens, {step.optimizer}{extra}:\n")
+    length = plans[0].length
+    batch = f"batch {step.batch}" if length is None else f"{step.batch} x {length} tokens"
+    print(f"\nPeak of one training step in GiB, {batch}, {step.optimizer}{extra}:\n")
     headers = ["method", "weights", "adapter", "optimizer", "logits", "activations", "peak"]
     headers += [f"fits {request.gpu:g} GiB", "largest batch"]
     rows = []
