@@ -67,6 +67,7 @@ def check_fingerprint(key: str, fingerprint: Tensor, weight: BaseWeight) -> None
 
 def after_load(layer: Any, incompatible_keys: Any) -> None:
     """Runs when a state dict went into a CoreLoraLayer: complete the adapters that came from a file."""
+    layer.forget_forms()
     for name in sorted(layer.unchecked):
         if not has_no_values(layer, name):  # else this state dict was not for the adapter
             layer.complete(name)

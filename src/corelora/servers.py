@@ -1,6 +1,6 @@
 """What the programs that load a plain LoRA take, as data; and the target names and zero layers that follow from it.
 
-Read from the servers' public documents and sources: vLLM allocates slots of fixed ranks and is started with the
+What each server is known to take: vLLM allocates slots of fixed ranks and is started with the
 largest; all of them read linear layers only, find layers by the last part of their names, and drop or refuse whole
 modules and biases that were trained along. Plain PEFT takes everything that its own LoRA layers can hold.
 """

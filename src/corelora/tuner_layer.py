@@ -140,6 +140,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
             weight = self.weight_access
             check_fingerprint(self.key, self.corelora_fingerprint[name], weight)
             self.cores[name].derive(weight, self.factors(name), self.key)
+        self.forget_forms()
         self.unchecked.discard(name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -302,6 +303,10 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         for name in active:
             result = result + self.adapter_output(name, x).to(result.dtype)
         return result
+
+    def forget_forms(self) -> None:
+        """Drop what the fused path keeps between forward passes: values that it was made from have changed."""
+        self._makers.clear()
 
     def _form_maker(self, name: str, x: Tensor) -> FormMaker | None:
         """What the fused operation needs for this forward pass (kernels/fast.py), None where it does not apply."""

@@ -210,3 +210,18 @@ def test_registered_operation_is_well_formed():
     torch.library.opcheck(linear_op, (x, W, None, R, L, G, 2, None, 2, None, 1.0))
     index = torch.tensor([1, 4], dtype=torch.int32)
     torch.library.opcheck(linear_op, (x, W, torch.randn(9), None, None, G[:2, :2], 2, index, 2, index, 1.0))
+
+
+def test_values_that_are_loaded_replace_what_the_path_keeps():
+    """Loading another adapter's values over this one must reach the fused path's kept constants."""
+    layer = _layer("nlora", "default", {"sampling": "random", "slice_scale": "unit"}, torch.float32)
+    other = _layer("nlora", "default", {"sampling": "random", "slice_scale": "unit", "seed": 5}, torch.float32)
+    x = torch.randn(4, 37)
+    set_fast("on")
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    set_fast("off")
+    expected = other(x)
+    _close(layer(x), expected, torch.float32)
+    set_fast("on")
+    _close(layer(x), expected, torch.float32)
