@@ -66,7 +66,13 @@ def plan() -> str:
         small = "" if p["file_bytes_small"] is None else f" ({p['file_bytes_small'] / 1e6:.1f} without outer factors)"
         size, peak = f"{p['file_bytes_native'] / 1e6:.1f}{small}", f"{p['memory']['peak'] / 2**30:.1f}"
         rows.append([METHODS[p["method"]].title, f"{p['trained']:,}", size, peak, str(p["largest_batch"])])
-    header = ["", "trained", "file in bfloat16, MB", "peak of a step, GiB", "largest batch in 24 GiB"]
+    header = [
+        "",
+        "trained",
+        "file in bfloat16, MB",
+        "peak of a step, factors in float32, GiB",
+        "largest batch in 24 GiB",
+    ]
     what = "LLaMA-2-7B, all seven linear types, r = 128 (NoRA k = 64), bfloat16 base, 4 x 512 tokens, AdamW"
     return f"`corelora plan llama --r 128`: {what}; counted and estimated, not measured.\n\n" + _table(header, rows)
 

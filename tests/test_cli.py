@@ -85,6 +85,7 @@ def test_unknown_command_names_the_nearest(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_as_a_process(tmp_path):
     """The exit code reaches the shell, and a mistake has no traceback."""
     words = [sys.executable, "-m", "corelora.cli", "export", str(tmp_path / "none"), str(tmp_path / "out")]

@@ -25,8 +25,10 @@ from transformers import (
 )
 
 from corelora import CoreLoraConfig
+from corelora.adapter import CoreAdapter
 from corelora.errors import CoreLoraError
 from corelora.kernels.fast import set_fast
+from corelora.layers import view_of
 from corelora.plan import (
     PlanRequest,
     adapted_on_meta,
@@ -81,6 +83,9 @@ DEBERTA_V3_BASE = DebertaV2Config(
     norm_rel_ebd="layer_norm",
     architectures=["DebertaV2Model"],
 )
+DEBERTA_CLASSIFIER = DebertaV2Config.from_dict(
+    {**DEBERTA_V3_BASE.to_dict(), "architectures": ["DebertaV2ForSequenceClassification"]}
+)
 CLIP_VIT_B_16 = CLIPConfig(vision_config={"patch_size": 16}, architectures=["CLIPModel"])  # the rest is B's own
 TINY = LlamaConfig(
     vocab_size=64,
@@ -94,6 +99,8 @@ TINY = LlamaConfig(
 ALL = "all-linear"
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 DEBERTA_SIX = ["query_proj", "key_proj", "value_proj", "dense"]  # `dense` is in attention output, intermediate, output
+# The same six by name: a classifier has a `pooler.dense` too, which is none of them.
+DEBERTA_NAMED = ["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense"]
 COUNTS = [
     (LLAMA_2_7B, "lora", 128, None, ALL, 319_815_680),
     (LLAMA_2_7B, "slora", 128, None, ALL, 323_485_696),
@@ -108,6 +115,7 @@ COUNTS = [
     (GEMMA_7B, "nora", 128, 64, ALL, 3_211_264),
     (LLAMA_3_8B, "lora", 16, None, FIVE, 28_311_552),
     (DEBERTA_V3_BASE, "lora", 8, None, DEBERTA_SIX, 1_327_104),
+    (DEBERTA_CLASSIFIER, "lora", 8, None, DEBERTA_NAMED, 1_327_104),
     (CLIP_VIT_B_16, "nora", 256, 16, ["q_proj", "k_proj", "v_proj"], 589_824),
 ]
 
@@ -128,6 +136,18 @@ def test_published_counts(config, method, r, k, targets, expected):
     """The counts of the papers' tables that follow from what the papers say."""
     model = adapted_on_meta(config, request(r=r, inner_r=k, target_modules=targets).config_for(method))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_counts_of_layers_and_of_the_model_agree(method):
+    """What each layer says of itself, without any model, adds up to what PEFT made trainable on the meta device."""
+    asked = request(r=8, inner_r=3)
+    config = asked.config_for(method)
+    layers = {k: m for k, m in build_on_meta(TINY).named_modules() if isinstance(m, torch.nn.Linear) and k != "lm_head"}
+    adapters = [CoreAdapter.of(config.spec_for(k, view_of(m).shape), view_of(m)) for k, m in layers.items()]
+    plan = plan_method(asked, TINY, method, memory=False)
+    assert plan.modules == len(adapters) == 14
+    assert plan.trained == sum(a.trained_parameters() for a in adapters)
 
 
 def test_the_plan_has_the_published_counts():

@@ -42,6 +42,7 @@ def test_commands_exist():
     assert named == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_tables_are_current():
     script = [sys.executable, str(ROOT / "docs" / "make_tables.py"), "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
