@@ -1,6 +1,6 @@
 """The quick start: fine-tune a real language model with NLoRA on arithmetic word problems, and see what changed.
 
-    python -m corelora.run.quickstart [--steps 120] [--out runs/quickstart]
+    python -m corelora.run.quickstart [--steps 100] [--out runs/quickstart]
 
 Stages: model, data, answers before, training, answers after, adapter, plain LoRA, report.
 """
@@ -33,9 +33,9 @@ from corelora.tasks.word_problems import TEMPLATES, Problem, held_out_problems, 
 class Settings:
     """Everything that the run depends on; written into its results."""
 
-    steps: int = 110
+    steps: int = 100
     batch_size: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-4
     r: int = 32
     method: str = "nlora"
     held_out: int = 210
