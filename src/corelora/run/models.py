@@ -40,10 +40,14 @@ def smollm2_gguf() -> Path:
 def smollm2_folder() -> Path:
     """A folder with SmolLM2-135M-Instruct as safetensors in float32, converted on the first call (about 20 s).
 
-    The folder appears whole or not at all: it is written under a temporary name and renamed.
+    The folder appears whole or not at all: it is written under a temporary name and renamed. Two processes may
+    convert at the same time; the first to finish wins.
+
+    Raises:
+        CoreLoraError: the package with the model, or the one that reads its file, is not installed.
     """
     folder = cache_root() / "SmolLM2-135M-Instruct"
-    if (folder / "model.safetensors").is_file():
+    if _is_complete(folder):
         return folder
     gguf = smollm2_gguf()
     if importlib.util.find_spec("gguf") is None:
@@ -53,15 +57,28 @@ def smollm2_folder() -> Path:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:
         _convert(gguf, temporary)
-        os.replace(temporary, folder)
-    except BaseException:
+        _move(temporary, folder)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return folder
 
 
+def _move(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder, unless another process was faster."""
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not _is_complete(folder):
+            raise
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file()
+
+
 def _convert(gguf: Path, out: Path) -> None:
-    source: Any = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source: Any = {**where, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)  # with it save_pretrained refuses, though the weights are plain by now
@@ -73,15 +90,19 @@ def _convert(gguf: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(out)
 
 
-def load_causal_lm(folder: str | Path, device: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) from a local folder: bfloat16 on a GPU that has it, float32 elsewhere.
+def load_causal_lm(
+    folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) from a local folder.
 
     Args:
         folder: a folder with config, weights and tokenizer.
         device: "cuda" or "cpu"; the GPU where there is one, if None.
+        dtype: of the weights; if None, bfloat16 on a GPU that has it and float32 elsewhere.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     model.to(device)

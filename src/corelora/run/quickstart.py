@@ -2,16 +2,19 @@
 
     python -m corelora.run.quickstart [--steps 100] [--out runs/quickstart]
 
-Stages: model, data, answers before, training, answers after, adapter, plain LoRA, report.
+Stages: model, answers before, training, answers after, files (the adapter, a plain LoRA, results.json), report.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,15 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import corelora
 from corelora import CoreLoraConfig
-from corelora.run.generate import chat_prompt, replies
+from corelora.run.generate import Reply, chat_prompt, replies
 from corelora.run.models import load_causal_lm, smollm2_folder
-from corelora.tasks.word_problems import TEMPLATES, Problem, held_out_problems, scores, training_problems
+from corelora.run.quickstart_report import next_steps, report
+from corelora.tasks.word_problems import Problem, held_out_problems, is_right, read_answer, scores, training_problems
 
 
 @dataclass
@@ -39,8 +44,46 @@ class Settings:
     r: int = 32
     method: str = "nlora"
     held_out: int = 210
+    max_new_tokens: int = 64
     seed: int = 0
     out: str = "runs/quickstart"
+
+
+@dataclass
+class Stages:
+    """Announces each stage and keeps its seconds."""
+
+    count: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[None]:
+        """Run a block as the next stage."""
+        print(f"\n[{len(self.seconds) + 1}/{self.count}] {text}", flush=True)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+
+
+class LossBar(TrainerCallback):
+    """A progress bar over the steps, with the loss; nothing else is printed."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the bar."""
+        self.bar = tqdm(total=state.max_steps, desc="training", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step further."""
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the loss, the mean since it was last shown."""
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the bar."""
+        self.bar.close()
 
 
 def encode(tokenizer: Any, problem: Problem) -> dict[str, list[int]]:
@@ -69,29 +112,6 @@ class Collator:
         }
 
 
-def train(model: Any, tokenizer: Any, settings: Settings) -> list[dict[str, float]]:
-    """Train the adapter with transformers' Trainer; returns its log of losses."""
-    rows = [encode(tokenizer, p) for p in training_problems(settings.steps * settings.batch_size, settings.seed)]
-    arguments = TrainingArguments(
-        output_dir=str(Path(settings.out) / "trainer"),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.steps // 20),
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        seed=settings.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        bf16=model.dtype == torch.bfloat16,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id))
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
 def adapt(model: Any, settings: Settings) -> PeftModel:
     """Put the adapter on all linear layers."""
     config = CoreLoraConfig(
@@ -104,116 +124,146 @@ def adapt(model: Any, settings: Settings) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """All stages on the model in `folder`; returns the results that are also saved.
+def train(model: Any, tokenizer: Any, settings: Settings) -> list[dict[str, float]]:
+    """Train the adapter with transformers' Trainer.
+
+    Returns:
+        One row a logged step: `step` and `loss`, the mean since the row before.
+    """
+    rows = [encode(tokenizer, p) for p in training_problems(settings.steps * settings.batch_size, settings.seed)]
+    arguments = TrainingArguments(
+        output_dir=str(Path(settings.out) / "trainer"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.steps // 20),
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        seed=settings.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,  # LossBar shows the loss in the bar; Trainer's own prints it below
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[LossBar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e]
+
+
+def answer(model: Any, tokenizer: Any, problems: list[Problem], settings: Settings, desc: str) -> list[Reply]:
+    """The model's replies to the problems, by the same prompt and limit before and after training."""
+    questions = [p.question for p in problems]
+    batch_size = 16 if model.device.type == "cpu" else 128
+    limit = settings.max_new_tokens
+    return replies(model, tokenizer, questions, max_new_tokens=limit, batch_size=batch_size, desc=desc)
+
+
+def answer_merged(model: PeftModel, tokenizer: Any, problems: list[Problem], settings: Settings) -> list[Reply]:
+    """The same with the adapter merged meanwhile, one matrix a layer: half the time on a CPU, equal in float32."""
+    model.merge_adapter()
+    try:
+        return answer(model, tokenizer, problems, settings, "after")
+    finally:
+        model.unmerge_adapter()
+
+
+def run(settings: Settings, folder: str | Path | None = None) -> dict[str, Any]:
+    """All stages.
 
     Args:
-        settings: what to do.
-        folder: a folder with a chat model and its tokenizer.
+        settings: what to do, and where its files go.
+        folder: a folder with a chat model and its tokenizer; SmolLM2-135M-Instruct from its package, if None.
+
+    Returns:
+        The results, as they are saved in results.json.
     """
-    began = time.time()
-    torch.manual_seed(settings.seed)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_causal_lm(folder)
+    stages = Stages(5)
+    torch.manual_seed(settings.seed)
     problems = held_out_problems(settings.held_out)
-    questions = [p.question for p in problems]
-    print(f"\n{len(problems)} held-out problems; the base model answers first\n", flush=True)
-    before = replies(model, tokenizer, questions, desc="before")
-    tuned = adapt(model, settings)
-    trainable, total = tuned.get_nb_trainable_parameters()
-    print(f"\n{settings.method}, r = {settings.r}: {trainable:,} of {total:,} parameters train\n", flush=True)
-    losses = train(tuned, tokenizer, settings)
-    tuned.save_pretrained(str(out / "adapter"))
-    tokenizer.save_pretrained(out / "adapter")
-    tuned.merge_adapter()  # one matrix a layer while answering
-    after = replies(tuned, tokenizer, questions, desc="after")
-    tuned.unmerge_adapter()
-    exported = corelora.export_lora(tuned, out / "lora", overwrite=True)
+    with stages.stage("model", "the model"):
+        folder = Path(folder or smollm2_folder())
+        model, tokenizer = load_causal_lm(folder, dtype=torch.float32)  # small enough for float32 everywhere
+        print(f"{folder.name}, {model.num_parameters():,} parameters, on {device_name(model)}")
+    with stages.stage("before", f"the model answers {len(problems)} held-out problems before training"):
+        before = answer(model, tokenizer, problems, settings, "before")
+    with stages.stage("train", f"training {settings.method}, r = {settings.r}, on all linear layers"):
+        tuned = adapt(model, settings)
+        trained, total = tuned.get_nb_trainable_parameters()
+        print(f"{trained:,} of {total:,} parameters train, {100 * trained / total:.1f} %")
+        losses = train(tuned, tokenizer, settings)
+    with stages.stage("after", "the same problems after training"):
+        after = answer_merged(tuned, tokenizer, problems, settings)
+    with stages.stage("files", f"saving the adapter and a plain LoRA in {out}"):
+        tuned.save_pretrained(str(out / "adapter"))
+        tokenizer.save_pretrained(str(out / "adapter"))
+        print(corelora.export_lora(tuned, out / "lora", overwrite=True))
     results = {
         "settings": asdict(settings),
-        "before": scores(problems, before),
-        "after": scores(problems, after),
+        "model": folder.name,
+        **compare(problems, before, after),
         "losses": losses,
-        "trained_parameters": trainable,
-        "seconds": round(time.time() - began, 1),
+        "trained_parameters": trained,
+        "all_parameters": total,
+        "seconds": {**stages.seconds, "all": round(sum(stages.seconds.values()), 1)},
         "versions": versions(),
-        "samples": [
-            {"question": p.question, "answer": p.answer, "template": p.template, "before": b, "after": a}
-            for p, b, a in zip(problems, before, after, strict=True)
-        ],
+        "device": device_name(model),
+        "threads": torch.get_num_threads(),
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(report(results, problems))
-    print(f"\n{exported}")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(report(results))
     print(next_steps(out, folder))
     return results
 
 
+def compare(problems: list[Problem], before: list[Reply], after: list[Reply]) -> dict[str, Any]:
+    """Scores by template, replies that were cut, and every reply, before and after."""
+    sides = {"before": before, "after": after}
+    found: dict[str, Any] = {name: scores(problems, [r.text for r in side]) for name, side in sides.items()}
+    found["gain"] = round(found["after"]["all"]["percent"] - found["before"]["all"]["percent"], 2)
+    found["cut_replies"] = {name: sum(not r.finished for r in side) for name, side in sides.items()}
+    found["samples"] = [
+        {"template": p.template, "question": p.question, "answer": p.answer}
+        | {name: _sample(side[n], p) for name, side in sides.items()}
+        for n, p in enumerate(problems)
+    ]
+    return found
+
+
+def _sample(reply: Reply, problem: Problem) -> dict[str, Any]:
+    return {"reply": reply.text, "read": read_answer(reply.text), "right": is_right(reply.text, problem)}
+
+
+def device_name(model: Any) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+
+
 def versions() -> dict[str, str]:
     """What the figures depend on."""
-    return {
-        "corelora": corelora.__version__,
-        "peft": peft.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def report(results: dict[str, Any], problems: list[Problem], shown: int = 4) -> str:
-    """The table before and after by template, and a few generations side by side."""
-    kinds = {p.template: p.kind for p in problems}
-    unseen = {t.name for t in TEMPLATES if t.held_out}
-    lines = ["", f"{'template':28s} {'kind':15s} {'n':>4s} {'before':>8s} {'after':>8s}"]
-    for name in [*sorted(kinds, key=lambda n: (kinds[n], n)), "all"]:
-        b, a = results["before"][name], results["after"][name]
-        label = f"{name} (never trained)" if name in unseen else name
-        row = f"{label:28s} {kinds.get(name, ''):15s} {b['count']:4d} {b['percent']:7.1f}% {a['percent']:7.1f}%"
-        lines.append(row)
-    for sample in results["samples"][:shown]:
-        lines += ["", f"question: {sample['question']}", f"  right answer: {sample['answer']}"]
-        lines += [f"  before: {_short(sample['before'])}", f"  after:  {_short(sample['after'])}"]
-    gain = results["after"]["all"]["percent"] - results["before"]["all"]["percent"]
-    lines += ["", f"exact match: {results['before']['all']['percent']:.1f} % before, "]
-    lines[-1] += (
-        f"{results['after']['all']['percent']:.1f} % after ({gain:+.1f} points), {results['seconds']:.0f} s in all"
-    )
-    return "\n".join(lines)
-
-
-def _short(text: str, width: int = 160) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
-
-
-def next_steps(out: Path, folder: Path) -> str:
-    """What to do with what the run left."""
-    return f"""
-What there is now:
-  {out / "adapter"}       the NLoRA adapter
-  {out / "lora"}          the same as a plain LoRA, for any server that loads PEFT's LoRA
-  {out / "results.json"}  every answer before and after
-
-Load the adapter:
-  import corelora
-  from peft import AutoPeftModelForCausalLM
-  model = AutoPeftModelForCausalLM.from_pretrained("{out / "adapter"}")
-
-Next: `corelora methods` lists the methods, `corelora plan {folder}` what each costs on a model;
-for your own model: get_peft_model(model, CoreLoraConfig(method="nlora", r=128, target_modules="all-linear"))."""
+    modules = (corelora, peft, torch, transformers)
+    return {m.__name__: str(m.__version__) for m in modules} | {"python": platform.python_version()}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and run on SmolLM2-135M-Instruct."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    defaults = Settings()
-    for name in ("steps", "batch_size", "lr", "r", "method", "held_out", "seed", "out"):
-        value = getattr(defaults, name)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
     settings = Settings(**vars(parser.parse_args(argv)))
-    run(settings, smollm2_folder())
+    logging.captureWarnings(True)  # libraries' warnings would tear the bars
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    run(settings)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,11 @@ class Problem:
 
 
 def is_held_out_pair(a: int, b: int) -> bool:
-    """The fixed rule that gives about a quarter of all number pairs to the held-out side, without any pattern."""
-    return zlib.crc32(f"{a},{b}".encode()) % 4 == 0
+    """The fixed rule that gives about a quarter of all number pairs to the held-out side, without any pattern.
+
+    The order does not count: who has learnt 7 + 5 knows 5 + 7.
+    """
+    return zlib.crc32(f"{min(a, b)},{max(a, b)}".encode()) % 4 == 0
 
 
 def _numbers(operation: str, rng: random.Random) -> tuple[int, int]:
@@ -165,22 +168,30 @@ def _problems(templates: list[Template], count: int, rng: random.Random, held_ou
     raise ValueError(f"the templates don't give {count} different questions")
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# Digits with or without commas between thousands, then decimals; or decimals alone. "1,2" is two numbers.
+_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+")
+_SIGN = re.compile(r"[-\u2212][$€£]?$")  # a hyphen or a minus sign, at the end of what stands before the number
 
 
 def read_answer(reply: str) -> float | None:
-    """The last number of a reply, None where it has none. Commas within digits are passed over: "1,024" is 1024.
+    """The last number of a reply, None where it has none. "1,024.50" is 1024.5, "$-4" and "-$4" are -4.
 
-    A minus sign counts where no digit stands directly before it, so that "9-4" ends in 4 and "it is -4" in -4.
+    A minus is a sign where nothing stands before it that it could join or be taken from: "9-4", "9 -4" and "item-4"
+    end in 4, "it is -4" in -4.
     """
     found = list(_NUMBER.finditer(reply))
     if not found:
         return None
-    last = found[-1]
-    text = last.group().replace(",", "")
-    if text.startswith("-") and reply[: last.start()].rstrip()[-1:].isdigit():
-        text = text[1:]  # a difference, not a sign
-    return float(text)
+    value = float(found[-1].group().replace(",", ""))
+    before = reply[: found[-1].start()]
+    sign = _SIGN.search(before)
+    return -value if sign and _may_be_sign(before[: sign.start()]) else value
+
+
+def _may_be_sign(before: str) -> bool:
+    """Whether a minus after this text is a sign, and no hyphen or difference."""
+    joined = before[-1:].isalnum() or before[-1:] == ")"
+    return not joined and not before.rstrip()[-1:].isdigit() and before.rstrip()[-1:] != ")"
 
 
 def is_right(reply: str, problem: Problem) -> bool:
