@@ -122,18 +122,28 @@ def _numbers(operation: str, rng: random.Random) -> tuple[int, int]:
     return b + rng.randint(1, 10), b
 
 
+def _worked(a: int, operation: str, b: int) -> str:
+    """One step: "7 + 5 = 12", or for a product the count in steps of b, "3 * 4: 4, 8, 12".
+
+    A small model that trains on facts alone forgets the products that it is not shown; counting carries over to them.
+    """
+    if operation == _MUL:
+        return f"{a} * {b}: {', '.join(str(n * b) for n in range(1, a + 1))}"
+    return f"{a} {operation} {b} = {_APPLY[operation](a, b)}"
+
+
 def _draw(template: Template, rng: random.Random, held_out: bool) -> Problem:
     """One problem whose number pairs, at every step, are all on the asked side."""
     while True:
         a, b = _numbers(template.operations[0], rng)
         pairs, steps = [(a, b)], []
         result = _APPLY[template.operations[0]](a, b)
-        steps.append(f"{a} {template.operations[0]} {b} = {result}")
+        steps.append(_worked(a, template.operations[0], b))
         c = rng.randint(2, 5)
         for operation in template.operations[1:]:
             pairs.append((result, c))
             after = _APPLY[operation](result, c)
-            steps.append(f"{result} {operation} {c} = {after}")
+            steps.append(_worked(result, operation, c))
             result = after
         if result > 0 and all(is_held_out_pair(*pair) == held_out for pair in pairs):
             break
