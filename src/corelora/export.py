@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from corelora.convert import lora_pair, truncated
 from corelora.errors import CoreLoraError, raise_all
 from corelora.exportcheck import bare, check_export
-from corelora.folders import adapted_layers, finished_folder, open_model
+from corelora.folders import adapted_layers, finished_folder, open_model, spare_base
 from corelora.layers import ConvView, EmbeddingView, View, view_of
-from corelora.servers import SERVERS, Server, server_named
-from corelora.storage import readable
+from corelora.servers import SERVERS, Server, clashes, server_named
+from corelora.storage import readable, wrapped_layer
 from corelora.tuner_layer import PREFIX, CoreLoraLayer, wide
 
 WEIGHTS, CONFIG, KEY = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -152,6 +152,7 @@ def export_lora(
     server = server_named(for_)
     with finished_folder(out_folder, overwrite, source=model_or_adapter_folder) as folder:
         source = _source(open_model(model_or_adapter_folder, adapter_name, base_model), adapter_name)
+        spare_base(out_folder, source.model, source.config)
         raise_all(_problems(source, server, rank), f"export for {for_}")
         pairs, truncation = _pairs(source, adapter_name, rank)
         dtype = _dtype(source, adapter_name)
@@ -195,7 +196,8 @@ def _source(model: nn.Module, adapter_name: str) -> _Source:
 
 def _problems(source: _Source, server: Server, rank: int | None) -> list[str]:
     """What a plain LoRA, or this server, can't hold."""
-    problems = [] if rank is None or rank >= 1 else [f"rank must be at least 1, got {rank}."]
+    whole = rank is None or (isinstance(rank, int) and rank >= 1)
+    problems = [] if whole else [f"rank must be a whole number of at least 1, got {rank!r}."]
     if any(layer.merged for layer in source.layers.values()):
         problems.append("the adapter is merged: call unmerge_adapter() first.")
     kinds = {name: layer.view for name, layer in source.layers.items()}
@@ -267,7 +269,7 @@ def _tensors(
     tensors = {key: t.clone() for key, t in source.extras.items()}  # tied ones would share memory
     modules = dict(source.model.named_modules())
     for name in zeros:
-        view = view_of(modules[name])
+        view = view_of(wrapped_layer(modules[name]) or modules[name])
         assert view is not None
         o, i = view.shape
         pairs = pairs | {name: (torch.zeros(1, i), torch.zeros(o, 1))}
@@ -316,6 +318,10 @@ def _notes(source: _Source, name: str, server: Server, needed: int, common: int)
         )
     if common > needed:
         yield f"Rank {needed} was filled up with zeros to {common}, which vLLM takes."
+    if server.short_names and (same := clashes(source.layers)):
+        yield (
+            f"SGLang can't tell {_some(same)} apart and would serve one of them: adapt one part of the model, or merge."
+        )
     model = source.model
     if server.short_names and isinstance(model, PreTrainedModel) and model.base_model is model:
         yield (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -49,8 +50,8 @@ def finished_folder(out: str | os.PathLike[str], overwrite: bool, source: Any = 
         raise CoreLoraError(f"{out} is a file: name a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CoreLoraError(f"{out} is not empty: choose another folder, or overwrite it (overwrite=True, --overwrite)")
-    if isinstance(source, (str, os.PathLike)) and out.resolve() == Path(source).resolve():
-        raise CoreLoraError(f"{out} is the adapter that is being exported: choose another folder")
+    if isinstance(source, (str, os.PathLike)):
+        spare_source(out, source, "the adapter that is being exported")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spare:
         made, old = Path(spare) / "new", Path(spare) / "old"
@@ -58,31 +59,93 @@ def finished_folder(out: str | os.PathLike[str], overwrite: bool, source: Any = 
         yield made
         if out.exists():
             out.rename(old)
-        made.rename(out)
+        try:
+            made.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+
+
+def spare_source(out: str | os.PathLike[str], source: str | os.PathLike[str], what: str) -> None:
+    """Refuse to replace a folder that an export is made from, or one that holds it.
+
+    Args:
+        out: the folder to make.
+        source: a folder that must stay; a hub's name, which is none, may be given too.
+        what: what the source is, for the message.
+
+    Raises:
+        CoreLoraError: making `out` would remove `source`.
+    """
+    kept, made = Path(source).resolve(), Path(out).resolve()
+    if Path(source).is_dir() and made in (kept, *kept.parents):
+        raise CoreLoraError(f"{out} {'is' if made == kept else 'holds'} {what}: choose another folder")
+
+
+def spare_base(out: str | os.PathLike[str], model: nn.Module, config: Any) -> None:
+    """Refuse to replace the folder of the base model, which the export is of no use without.
+
+    Args:
+        out: the folder to make.
+        model: the model under PEFT's wrapper.
+        config: the adapter's.
+
+    Raises:
+        CoreLoraError: making `out` would remove the base model.
+    """
+    for place in (getattr(model, "name_or_path", ""), config.base_model_name_or_path):
+        if place:
+            spare_source(out, place, "the base model of the adapter")
 
 
 def open_model(model_or_folder: Any, adapter_name: str, base_model: Any = None) -> nn.Module:
-    """A model as it is, or the model with the adapter that a folder holds, on its base.
+    """A model without what compiles or distributes it, or the model with the adapter that a folder holds, on its base.
 
     Args:
         model_or_folder: a model, or an adapter folder.
-        adapter_name: what to call the adapter of a folder.
+        adapter_name: which adapter; in a folder, `default` is in the folder itself, any other in one of its name.
         base_model: the base or its name, in place of the one that the folder names.
 
     Raises:
-        CoreLoraError: the folder holds no corelora adapter, or names no base model.
+        CoreLoraError: the folder holds no corelora adapter of this name, or names no base model.
     """
     if isinstance(model_or_folder, nn.Module):
-        return model_or_folder
-    folder = os.fspath(model_or_folder)
-    if not os.path.isfile(os.path.join(folder, CONFIG)):
-        raise CoreLoraError(f"{folder} holds no adapter: there is no {CONFIG} in it")
-    kind = json.loads(Path(folder, CONFIG).read_text()).get("peft_type")
+        # Wrappers would be in the names of layers, and so in the keys of the file.
+        return extract_model_from_parallel(model_or_folder, keep_torch_compile=False)
+    if not isinstance(model_or_folder, (str, os.PathLike)):
+        raise CoreLoraError(f"an export takes a model or an adapter's folder, not a {type(model_or_folder).__name__}")
+    folder = _adapter_folder(Path(model_or_folder), adapter_name)
+    try:
+        kind = json.loads((folder / CONFIG).read_text()).get("peft_type")
+    except ValueError as error:
+        raise CoreLoraError(f"{folder / CONFIG} is no JSON ({error}): copy or download the adapter again") from None
     if kind != "CORELORA":
         raise CoreLoraError(f"{folder} holds an adapter of type {kind}, not one of corelora's")
-    config = CoreLoraConfig.from_pretrained(folder)
-    base = base_model if isinstance(base_model, nn.Module) else _load_base(config, base_model, folder)
-    return PeftModel.from_pretrained(base, folder, adapter_name=adapter_name)
+    if not (folder / WEIGHTS).is_file():
+        raise CoreLoraError(f"{folder} holds a config but no {WEIGHTS}: copy or download the adapter again")
+    config = CoreLoraConfig.from_pretrained(str(folder))
+    base = base_model if isinstance(base_model, nn.Module) else _load_base(config, base_model, str(folder))
+    return PeftModel.from_pretrained(base, str(folder), adapter_name=adapter_name)
+
+
+def _adapter_folder(folder: Path, name: str) -> Path:
+    """Where PEFT saved the adapter `name`: the default one in the folder itself, any other in a folder of its name.
+
+    Raises:
+        CoreLoraError: it is not there; the message says what is.
+    """
+    if not folder.is_dir():
+        raise CoreLoraError(f"{folder} holds no adapter: there is no such folder")
+    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}
+    if (folder / CONFIG).is_file():
+        found |= {"default": folder, folder.name: folder}
+    if name in found:
+        return found[name]
+    if not found:
+        files = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        raise CoreLoraError(f"{folder} holds no adapter: there is no {CONFIG} in it, but {files}")
+    raise CoreLoraError(f"{folder}: {unknown_name('adapter', name, found)}")
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CoreLoraLayer]:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from corelora.errors import CoreLoraError, raise_all
 from corelora.exportcheck import bare, check_outputs
-from corelora.folders import adapted_layers, finished_folder, open_model
+from corelora.folders import adapted_layers, finished_folder, open_model, spare_base
 from corelora.storage import readable
 from corelora.tuner_layer import CoreLoraLayer
 
@@ -54,6 +54,7 @@ def export_merged(
         model = open_model(model_or_adapter_folder, adapter_name, base_model)
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         layers = adapted_layers(inner, adapter_name)
+        spare_base(out_folder, inner, model.peft_config[adapter_name])  # type: ignore[index]
         raise_all(_problems(inner, layers), "export of merged weights")
         plain = _merged(inner, layers, adapter_name)
         plain.save_pretrained(folder)

@@ -7,6 +7,7 @@ modules and biases that were trained along. Plain PEFT takes everything that its
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Server:
         ranks: the ranks that it takes; empty: any.
         linear_only: it reads linear layers only, no convolution, embedding or GPT-2's Conv1D.
         extras: it reads modules and biases that were trained along.
-        short_names: targets are last parts of names, and every layer they catch is in the file, as zeros if need be.
+        short_names: every layer of an adapted type is in the file, as zeros if need be, so that endings name targets.
         lines: how to start it; {path} and {rank} are filled in.
     """
 
@@ -56,29 +57,22 @@ class Server:
     def targets(self, model: nn.Module, adapted: Iterable[str]) -> tuple[list[str], list[str]]:
         """(target_modules, names of layers to fill with zeros) for the adapted layers of a model without adapters.
 
+        A target is the shortest ending that catches nothing else; where there is none, names in full.
+
         Args:
             model: the model that will be loaded, plain.
             adapted: names of the adapted layers.
         """
         adapted, modules = set(adapted), dict(model.named_modules())
-        linear = {name for name, module in modules.items() if _is_plain_linear(module)}
+        types = {_type(name) for name in adapted}
+        written = adapted | {
+            name for name, m in modules.items() if self.short_names and _type(name) in types and _is_plain_linear(m)
+        }
         chosen: set[str] = set()
-        for name in sorted(adapted):
+        for name in sorted(written):
             if not caught(name, chosen):
-                chosen.add(self._target(name, adapted, linear, modules))
-        return sorted(chosen), sorted(n for n in modules if caught(n, chosen) and n not in adapted)
-
-    def _target(self, name: str, adapted: set[str], linear: set[str], modules: dict[str, nn.Module]) -> str:
-        """The shortest ending that catches adapted layers only, or, for servers, linear layers too; else the name."""
-        allowed = adapted | linear if self.short_names else adapted
-        parts = name.split(".")
-        for n in range(1, len(parts) + 1):
-            ending = ".".join(parts[-n:])
-            if parts[-n].isdigit():
-                return name
-            if all(m in allowed for m in modules if caught(m, {ending})):
-                return ending
-        return name
+                chosen.add(_target(name, written, modules))
+        return sorted(chosen), sorted(written - adapted)
 
     def usage(self, path: Path, rank: int) -> list[str]:
         """Lines that tell how to load the folder."""
@@ -88,6 +82,37 @@ class Server:
 def caught(name: str, targets: set[str]) -> bool:
     """Whether PEFT's target_modules would catch a module of this name."""
     return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def clashes(adapted: Iterable[str]) -> list[str]:
+    """Adapted layers that SGLang can't tell apart: it keeps one of each last part of a name for a `layers.<number>`
+    (experts, numbered too, it knows)."""
+    kept: dict[tuple[str, ...], str] = {}
+    found: set[str] = set()
+    for name in sorted(n for n in adapted if re.search(r"layers\.\d+\.", n)):
+        *path, last = name.split(".")
+        first = kept.setdefault((*filter(str.isdigit, path), last), name)
+        if first != name:
+            found |= {first, name}
+    return sorted(found)
+
+
+def _target(name: str, written: set[str], modules: Iterable[str]) -> str:
+    """The shortest ending that catches no layer but those that are written; the name itself where there is none."""
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        ending = ".".join(parts[-n:])
+        if parts[-n].isdigit():
+            return name
+        if all(m in written for m in modules if caught(m, {ending})):
+            return ending
+    return name
+
+
+def _type(name: str) -> tuple[str, ...]:
+    """A layer's name without the numbers: layers of one type differ in these alone. A vision tower's `q_proj` is of
+    another type than the language model's: SGLang keeps both under one layer number, where zeros would win."""
+    return tuple("#" if part.isdigit() else part for part in name.split("."))
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
