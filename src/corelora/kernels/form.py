@@ -128,8 +128,12 @@ class FormMaker:
         r = self.core.spec.r
         M = torch.eye(r, device=like.device, dtype=like.dtype) if M is None else M
         dM = torch.zeros_like(M) if dM is None else dM
+        return self._scaled(self._in_blocks(M, dM))
+
+    def _in_blocks(self, M: Tensor, dM: Tensor) -> Tensor:
+        """[[M, M], [M, dM]], or the part of it that this adapter's factors have."""
         rows = [torch.cat([_block(b, a, M, dM) for a in self.a_parts], dim=1) for b in self.b_parts]
-        return self._scaled(torch.cat(rows))
+        return torch.cat(rows)
 
     def _constant_part(self, C: Tensor, scaling: Tensor) -> Tensor:
         """G at the start: [[core0, core0], [core0, 0]] times the scalings."""
@@ -138,9 +142,7 @@ class FormMaker:
             start = self.middle[0].start
             assert start is not None
             start = start.to(C)
-            empty = torch.zeros_like(start)
-            rows = [torch.cat([_block(b, a, start, empty) for a in self.a_parts], dim=1) for b in self.b_parts]
-            constant = self._constant = (torch.cat(rows) * scaling).detach()
+            constant = self._constant = (self._in_blocks(start, torch.zeros_like(start)) * scaling).detach()
         return constant
 
     def _middle_matrices(self) -> tuple[Tensor | None, Tensor | None]:
