@@ -48,7 +48,11 @@ LAYERS = [
     ["plan_memory"],
     ["plan"],
     ["tasks"],
+    ["recipe"],
     ["run"],
+    ["data"],
+    ["train"],
+    ["evaluate", "bench"],
     ["commands"],
     ["cli", "__main__"],
 ]

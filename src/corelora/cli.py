@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from typing import Any
 
 import transformers
 
+import corelora.commands
 from corelora import __version__
 from corelora.errors import CoreLoraError, UnknownSettingError, unknown_name
 
-COMMANDS = ("methods", "plan", "export", "merge")
+COMMANDS = tuple(m.name for m in pkgutil.iter_modules(corelora.commands.__path__) if m.name != "output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The quick start: fine-tune a real language model with NLoRA on arithmetic word problems, and see what changed.
 
-    python -m corelora.run.quickstart [--steps 140] [--out runs/quickstart]
+    python -m corelora.run.quickstart [--steps 110] [--out runs/quickstart]
 
 Stages: model, answers before, training, answers after, files (the adapter, a plain LoRA, results.json), report.
 """
@@ -38,7 +38,7 @@ from corelora.tasks.word_problems import Problem, held_out_problems, is_right, r
 class Settings:
     """Everything that the run depends on; written into its results."""
 
-    steps: int = 140
+    steps: int = 110
     batch_size: int = 8
     lr: float = 2e-4
     r: int = 32

