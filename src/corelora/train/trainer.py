@@ -1,0 +1,114 @@
+"""transformers' Trainer with what a run adds: groups of rates, a stop before a broken update, test loss a token.
+
+TRL's SFTTrainer was tried and left: docs/training.md says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+
+from corelora.errors import CoreLoraError
+from corelora.recipe import Recipe
+from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output
+from corelora.train.optim import make_optimizer
+
+IGNORED = -100  # labels that are not trained
+
+
+class RunTrainer(Trainer):
+    """The Trainer of a run.
+
+    Args:
+        recipe: the run's.
+        **options: Trainer's own.
+    """
+
+    def __init__(self, recipe: Recipe, **options: Any) -> None:
+        super().__init__(**options)
+        self.recipe = recipe
+        self._losses: list[Tensor] = []  # of this step so far, with the batches that gave them
+        self._batches: list[Mapping[str, Any]] = []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer; transformers' own way where it needs no groups."""
+        if self.optimizer is None:
+            where: Any = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(where))
+            self.optimizer = make_optimizer(self.recipe.optim, self.args, where, decayed)
+        return super().create_optimizer(model)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward; before the step's update, stop where something is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
+        self._batches.append(inputs)
+        if self.accelerator.sync_gradients:
+            self._stop_unless_finite(model)
+            self._losses, self._batches = [], []
+        return loss
+
+    def _stop_unless_finite(self, model: nn.Module) -> None:
+        scales = self.accelerator.scaler is not None  # float16: the scaler looks, and leaves such an update out
+        if all_finite(model, self._losses, gradients=not scales):
+            return
+        is_loss = not all_finite(model, self._losses, gradients=False)
+        module = first_bad_output(model, self._batches) if is_loss else first_bad_gradient(model)
+        what = f"the loss is {float(torch.stack(self._losses).sum())}" if is_loss else "a gradient is not finite"
+        where = f", first in {module}" if module else ""
+        kept = newest_checkpoint(Path(str(self.args.output_dir)))
+        state = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        changes = "\n".join(f"  - {a}" for a in advice(self.recipe))
+        raise CoreLoraError(
+            f"step {self.state.global_step + 1}: {what}{where}. The update was not made; {state}. "
+            f"Give the next try another --output, and change, likeliest first:\n{changes}"
+        )
+
+
+class ReplyTrainer(RunTrainer):
+    """Language models: the test loss is a mean over all trained tokens, whatever batch they were in."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """(None, sum of the losses [b], number of trained tokens [b]) of a batch."""
+        inputs = dict(self._prepare_inputs(inputs))
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        sums = [_loss_sum(row, wanted) for row, wanted in zip(logits, labels, strict=True)]
+        return None, torch.stack(sums), (labels[:, 1:] != IGNORED).sum(dim=1)
+
+
+class LabelTrainer(RunTrainer):
+    """Classifiers: predictions of all rows are measured at once, so no mean of batch means is reported."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Any, Any]:
+        """(None, logits [b, labels], labels [b]) of a batch."""
+        _, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        return None, logits, labels
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps under `folder`."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the next-token losses of one row, in float32.
+
+    Args:
+        logits: [tokens, vocabulary].
+        labels: [tokens], IGNORED where not trained.
+    """
+    kept = labels[1:] != IGNORED
+    return F.cross_entropy(logits[:-1][kept].float(), labels[1:][kept], reduction="sum")
