@@ -1,0 +1,1 @@
+"""What an adapter costs, measured side by side in one process: training steps, start-up, inference, single layers."""

@@ -1,0 +1,305 @@
+"""Time and memory of a training step, side by side: `corelora bench step`.
+
+All variants live in one process around one frozen model (shapes.twin) and are visited in interleaved rounds, so that a
+drift of the machine's clock falls on all of them. What a variant trains waits on the CPU between its visits, so that
+peak memory is that of one variant alone. Ratios are to the frozen base that passes gradients to its input, in the same
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from corelora.bench.measure import Device, Spread
+from corelora.bench.peers import BASE, Peer, Ranks, find_peer
+from corelora.bench.published import TRAINING_SECONDS, published_ratio
+from corelora.bench.shapes import DTYPES, random_model, shape_config, twin
+from corelora.errors import CoreLoraError, raise_all, unknown_name
+from corelora.tuner_layer import CoreLoraLayer
+
+_OTHERS = ("peft_lora", "peft_lora_fp32", "peft_dora", "liger")
+DEFAULT_NAMES = (BASE, *_OTHERS, "inttune", "nora", "lora", "slora", "nlora")
+MODES = {"off": (False,), "on": (True,), "both": (False, True)}
+RATE = 1e-5
+Emit = Callable[[dict[str, Any]], None]
+Cell = tuple[str, bool, int]  # name, compiled, batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRequest:
+    """What to measure.
+
+    Attributes:
+        names: of peers and methods (peers.py); the base is always measured.
+        model: a name of shapes.SHAPES, or where a config is.
+        layers: another number of layers than the model's.
+        batches: sequences in a batch, one or several.
+        length: tokens in a sequence.
+        r, k: ranks.
+        dtype: of the base and the adapters.
+        checkpointing: with gradient checkpointing (not reentrant).
+        compile: "off", "on" or "both".
+        rounds: visits of each variant.
+        steps: timed steps in a visit.
+        warmup: steps before them.
+        device: "cuda" or "cpu"; the GPU where there is one, if None.
+    """
+
+    names: tuple[str, ...] = DEFAULT_NAMES
+    model: str = "llama-2-7b"
+    layers: int | None = None
+    batches: tuple[int, ...] = (8,)
+    length: int = 512
+    r: int = 128
+    k: int = 32
+    dtype: str = "bfloat16"
+    checkpointing: bool = False
+    compile: str = "off"
+    rounds: int = 2
+    steps: int = 10
+    warmup: int = 3
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = [_problem_of(name) for name in self.names]
+        for kind, value, known in (("dtype", self.dtype, DTYPES), ("compile mode", self.compile, MODES)):
+            problems.append(None if value in known else unknown_name(kind, value, known))
+        numbers = {k: getattr(self, k) for k in ("length", "r", "k", "rounds", "steps")}
+        numbers |= {f"batch {b!r}": b for b in self.batches} | ({} if self.layers is None else {"layers": self.layers})
+        problems += [None if n >= 1 else f"{name} must be at least 1, got {n}." for name, n in numbers.items()]
+        problems.append(None if self.batches else "name at least one batch size.")
+        problems.append(None if self.warmup >= 0 else f"warmup must be at least 0, got {self.warmup}.")
+        raise_all([p for p in problems if p], "bench step")
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names in order, each once, the base first."""
+        return tuple(dict.fromkeys((BASE, *self.names)))
+
+
+def _problem_of(name: str) -> str | None:
+    try:
+        find_peer(name)
+    except CoreLoraError as error:
+        return str(error)
+    return None
+
+
+@dataclass
+class Variant:
+    """One peer on its twin of the model, eager or compiled.
+
+    Attributes:
+        model: what is called: the inner causal language model, adapters inside.
+        optimizer: None where nothing learns.
+        own: the tensors that are not the base model's.
+        graph_breaks: reasons that torch.compile gave for breaking the graph, each with a count; None where eager.
+    """
+
+    name: str
+    peer: Peer
+    compiled: bool
+    model: Any
+    optimizer: torch.optim.Optimizer | None
+    own: list[Tensor] = field(default_factory=list)
+    graph_breaks: dict[str, int] | None = None
+
+    @property
+    def trained(self) -> int:
+        """How many numbers learn."""
+        return 0 if self.optimizer is None else sum(p.numel() for g in self.optimizer.param_groups for p in g["params"])
+
+    def move(self, device: str) -> None:
+        """Bring what belongs to this variant alone to a device: its factors and the optimiser's states."""
+        states = [] if self.optimizer is None else [s for v in self.optimizer.state.values() for s in v.values()]
+        for tensor in (*self.own, *(s for s in states if isinstance(s, Tensor))):
+            tensor.data = tensor.data.to(device)
+        for module in self.model.modules():
+            if isinstance(module, CoreLoraLayer):
+                module.forget_forms()
+
+    def step(self, ids: Tensor) -> None:
+        """Forward, backward and, where something learns, the optimiser."""
+        if self.optimizer is None:
+            inputs = self.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+            self.model(inputs_embeds=inputs, labels=ids).loss.backward()
+            return
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class StepBench:
+    """The model, its variants and what has been measured on them.
+
+    Attributes:
+        left_out: why a name is not measured, by name (and " compiled").
+        times: milliseconds of each step, by cell.
+        peaks: GiB at the peak, by cell; None on a CPU.
+    """
+
+    def __init__(self, request: StepRequest) -> None:
+        self.request = request
+        self.device = Device(request.device)
+        self.dtype = DTYPES[request.dtype]
+        config = shape_config(request.model, request.layers)
+        torch.manual_seed(0)
+        self.base = random_model(config, self.device.kind, self.dtype)
+        shape = (max(request.batches), request.length)
+        self.ids = torch.randint(0, config.vocab_size, shape, device=self.device.kind)
+        self.left_out: dict[str, str] = {}
+        self.times: dict[Cell, list[float]] = {}
+        self.peaks: dict[Cell, float | None] = {}
+        self.variants = list(self._variants())
+
+    def _variants(self) -> Iterator[Variant]:
+        for compiled in MODES[self.request.compile]:
+            bar = tqdm(self.request.all_names, desc="building", unit="variant", delay=2, leave=False)
+            for name in bar:
+                variant = self._built(name, compiled)
+                if variant is not None:
+                    yield variant
+
+    def _built(self, name: str, compiled: bool) -> Variant | None:
+        """The variant, waiting on the CPU; None, with a reason in `left_out`, where it can't be had."""
+        peer, request = find_peer(name), self.request
+        missing = peer.missing()
+        if missing is not None:
+            self.left_out[name] = missing
+            return None
+        try:
+            adapted = peer.adapt(twin(self.base), Ranks(r=request.r, k=request.k))
+        except (CoreLoraError, ValueError) as error:
+            self.left_out[name] = str(error)
+            return None
+        model: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+        model.train()
+        if request.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if compiled:
+            model.compile(dynamic=False)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=RATE, fused=self.device.is_gpu) if learning else None
+        shared = {id(t) for t in (*self.base.parameters(), *self.base.buffers())}
+        own = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in shared]
+        variant = Variant(name, peer, compiled, model, optimizer, own)
+        variant.move("cpu")
+        self.device.tidy()
+        return variant
+
+    def run(self, emit: Emit) -> list[dict[str, Any]]:
+        """Measure everything.
+
+        Args:
+            emit: is handed one mapping for each visit as soon as it is over.
+
+        Returns:
+            One mapping for each variant and batch, as `results` has them.
+        """
+        rounds, batches = range(self.request.rounds), self.request.batches
+        visits = [(turn, batch, variant) for turn in rounds for batch in batches for variant in self.variants]
+        bar = tqdm(visits, desc="measuring", unit="visit", delay=2, leave=False)
+        with bar, _many_compiled(self.request.compile):
+            for turn, batch, variant in bar:
+                bar.set_postfix_str(f"{variant.name}, batch {batch}")
+                seen = self._visit(variant, batch)
+                if seen is not None:
+                    emit({"kind": "visit", "round": turn, **seen})
+        return self.results()
+
+    def _visit(self, variant: Variant, batch: int) -> dict[str, Any] | None:
+        """Warm-up and timed steps of one variant; None where it ran out of memory before."""
+        cell = (variant.name, variant.compiled, batch)
+        label = _label(cell)
+        if label in self.left_out:
+            return None
+        try:
+            variant.move(self.device.kind)
+            with variant.peer.running(self.device.kind, self.dtype):
+                times, peak = self._steps(variant, self.ids[:batch])
+        except torch.OutOfMemoryError:
+            self.left_out[label] = "out of memory"
+            variant.model.zero_grad(set_to_none=True)
+            return None
+        finally:
+            variant.move("cpu")
+            self.device.tidy()
+        self.times.setdefault(cell, []).extend(times)
+        self.peaks[cell] = peak
+        rounded = [round(t, 3) for t in times]
+        return {"name": variant.name, "compiled": variant.compiled, "batch": batch, "ms": rounded, "gib": peak}
+
+    def _steps(self, variant: Variant, ids: Tensor) -> tuple[list[float], float | None]:
+        if variant.compiled and variant.graph_breaks is None:
+            variant.graph_breaks = _graph_breaks(lambda: variant.step(ids))
+        for _ in range(self.request.warmup):
+            variant.step(ids)
+        self.device.start_peak()
+        times = [self.device.time(lambda: variant.step(ids)) for _ in range(self.request.steps)]
+        return times, self.device.peak_gib()
+
+    def results(self) -> list[dict[str, Any]]:
+        """What was measured: milliseconds (median, p10, p90), ratios to the base and to PEFT LoRA, peak GiB."""
+        found = []
+        variants = {(v.name, v.compiled): v for v in self.variants}
+        for (name, compiled, batch), times in self.times.items():
+            variant, spread = variants[name, compiled], Spread.of(times)
+            breaks = None if variant.graph_breaks is None else sum(variant.graph_breaks.values())
+            row = {
+                "kind": "result",
+                "name": name,
+                "title": variant.peer.title,
+                "compiled": compiled,
+                "batch": batch,
+                **spread.rounded(),
+                "ratio": self._over(spread, (BASE, compiled, batch)),
+                "over_peft_lora": self._over(spread, ("peft_lora", compiled, batch)),
+                "published_over_lora": published_ratio(TRAINING_SECONDS, name),
+                "gib": self.peaks[name, compiled, batch],
+                "gib_over_base": self._gib_over_base((name, compiled, batch)),
+                "trained": variant.trained,
+                "graph_breaks": breaks,
+            }
+            found.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+        return found
+
+    def _over(self, spread: Spread, other: Cell) -> float | None:
+        return spread.ms / Spread.of(self.times[other]).ms if other in self.times else None
+
+    def _gib_over_base(self, cell: Cell) -> float | None:
+        own, base = self.peaks.get(cell), self.peaks.get((BASE, *cell[1:]))
+        return None if own is None or base is None else own - base
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked for and on which machine: the first line of a file of results."""
+        request = asdict(self.request) | {"names": list(self.request.all_names)}
+        return {"kind": "run", "bench": "step", "request": request, **self.device.describe()}
+
+
+def _many_compiled(mode: str) -> AbstractContextManager:
+    """Room for every variant's compiled code: beyond the eighth, PyTorch would quietly run them uncompiled."""
+    if mode == "off":
+        return nullcontext()
+    limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
+    return torch._dynamo.config.patch(limits)
+
+
+def _graph_breaks(work: Callable[[], Any]) -> dict[str, int]:
+    """Why torch.compile broke the graph of what `work` calls for the first time: reasons with counts."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    work()
+    return dict(counters["graph_break"])
+
+
+def _label(cell: Cell) -> str:
+    name, compiled, batch = cell
+    return f"{name}{' compiled' if compiled else ''}, batch {batch}"

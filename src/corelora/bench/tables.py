@@ -1,0 +1,62 @@
+"""The benches' results as tables: what stands in each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+Table = tuple[str, list[str], list[list[str]]]  # a title, headers, rows of cells
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number for a cell, "-" for None."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(ratio: float | None) -> str:
+    """A ratio as a difference: 1.1 is "+10.0 %"; "-" for None."""
+    return "-" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
+
+
+def step_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> list[Table]:
+    """One table for each batch size, eager and compiled apart; each title says what was measured where."""
+    request = run["request"]
+    extra = ", gradient checkpointing" if request["checkpointing"] else ""
+    what = f"one training step of {shape_of(request)}, {request['length']} tokens{extra}; {machine(run)}"
+    ordered = sorted(results, key=lambda r: (r["compiled"], r["batch"]))  # stable: variants keep their order
+    return [
+        (f"{what}; batch {batch}, {'torch.compile' if compiled else 'eager'}", *_step_cells(list(rows), compiled))
+        for (compiled, batch), rows in groupby(ordered, key=lambda r: (r["compiled"], r["batch"]))
+    ]
+
+
+def shape_of(request: dict[str, Any]) -> str:
+    """The model, type and ranks of a request, for a title."""
+    layers = "" if request["layers"] is None else f" with {request['layers']} layers"
+    return f"{request['model']}{layers}, {request['dtype']}, r = {request['r']}, k = {request['k']}"
+
+
+def machine(run: dict[str, Any]) -> str:
+    """The device and the versions that matter most, for a title."""
+    return f"{run['device']}, torch {run['versions']['torch']}, peft {run['versions']['peft']}"
+
+
+def _step_cells(rows: list[dict[str, Any]], compiled: bool) -> tuple[list[str], list[list[str]]]:
+    headers = ["", "ms", "p10 to p90", "times base", "to PEFT LoRA", "published", "GiB", "over base", "trained"]
+    cells = [
+        [
+            row["title"],
+            number(row["ms"]),
+            f"{number(row['p10'])} to {number(row['p90'])}",
+            number(row["ratio"], 3),
+            percent(row["over_peft_lora"]),
+            percent(row["published_over_lora"]),
+            number(row["gib"]),
+            number(row["gib_over_base"]),
+            f"{row['trained']:,}",
+            *([str(row["graph_breaks"])] if compiled else []),
+        ]
+        for row in rows
+    ]
+    return headers + (["graph breaks"] if compiled else []), cells
