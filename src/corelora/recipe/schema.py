@@ -48,7 +48,8 @@ class DataPart:
     train: SourcePart = setting("Rows to train on.")
     test: SourcePart | None = setting("Rows for the loss and metrics while training and at the end.", None)
     form: str = setting(
-        "Form of the rows: metamath, code_feedback, evol_instruct, alpaca, gsm8k, chat, commonsense; or a GLUE task."
+        "Form of the rows: metamath, code_feedback, evol_instruct, conversations, alpaca, gsm8k, chat, commonsense, "
+        "word_problems; or a GLUE task."
     )
     columns: dict[str, str] = setting("Other names of columns: `query: question`.", dict)
     prompt: str = setting(
@@ -57,6 +58,12 @@ class DataPart:
         choices=("paper", "chat", "plain"),
     )
     max_length: int = setting("Tokens of a row at most; what is longer is cut at the end, and counted.", 512)
+    long_prompts: str = setting(
+        "Rows whose prompt alone fills max_length, so that nothing of the reply is left to train: `error`, or "
+        "`leave_out`, which says how many and which.",
+        "error",
+        choices=("error", "leave_out"),
+    )
     packing: bool = setting("Put several rows into one sequence; attention does not cross their borders.", False)
     workers: int = setting("Processes that tokenise.", 1)
     shuffle: bool = setting("Shuffle the rows with the run's seed.", True)
