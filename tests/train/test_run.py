@@ -41,7 +41,7 @@ class Plain(Task):
         reply = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
-    def collator(self, tokenizer):
+    def collator(self, recipe, tokenizer):
         return Collator(tokenizer.pad_token_id)
 
     def measure(self, recipe):
@@ -49,6 +49,12 @@ class Plain(Task):
 
     def trainer_class(self):
         return ReplyTrainer
+
+    def row_problems(self, rows, tokenizer, stop_ids):
+        return []
+
+    def model_problems(self, recipe, model, collator):
+        return []
 
     def sample(self, row, tokenizer):
         return [(tokenizer.decode(row["input_ids"]), True)]

@@ -73,7 +73,7 @@ def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -
         report_to=loop.report_to or "none",
         train_sampling_strategy="random" if recipe.data.shuffle else "sequential",
         remove_unused_columns=False,  # the collators take what they need
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if recipe.data.packing else "non_padding",
         disable_tqdm=True,  # our own bar shows more
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,

@@ -68,7 +68,9 @@ def load_tokenizer(part: ModelPart) -> Any:
     return tokenizer
 
 
-def load_model(part: ModelPart, config: PretrainedConfig, auto_class: Any, checkpointing: bool) -> PreTrainedModel:
+def load_model(
+    part: ModelPart, config: PretrainedConfig, auto_class: Any, checkpointing: bool, start_from: str | None = None
+) -> PreTrainedModel:
     """The model with its weights, on the CPU; a quantised one where it will train, since it can't be moved.
 
     Args:
@@ -76,12 +78,18 @@ def load_model(part: ModelPart, config: PretrainedConfig, auto_class: Any, check
         config: as `load_model_config` made it.
         auto_class: transformers' class of the task, such as AutoModelForCausalLM.
         checkpointing: the run recomputes activations.
+        start_from: a folder with weights to take instead; a head of another size begins anew.
 
     Raises:
         CoreLoraError: the weights can't be read, or the storage needs a package that is missing.
     """
-    source = model_source(part)
-    options: dict[str, Any] = {"config": config, "dtype": DTYPES.get(part.dtype, "auto"), **_where(part)}
+    source = start_from or model_source(part)
+    options: dict[str, Any] = {
+        "config": config,
+        "ignore_mismatched_sizes": start_from is not None,
+        "dtype": DTYPES.get(part.dtype, "auto"),
+        **_where(part),
+    }
     if part.attention is not None:
         options["attn_implementation"] = part.attention
     if part.quantize is not None:
@@ -96,7 +104,7 @@ def load_model(part: ModelPart, config: PretrainedConfig, auto_class: Any, check
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs
         )
-    model.config.use_cache = False  # of keys and values, which training never reads
+    model.config.use_cache = False  # of keys and values, which training never reads, nor the passes before it
     return model
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
+import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,23 @@ from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
 from transformers import PretrainedConfig, PrinterCallback, TrainingArguments, set_seed
 
+from corelora.errors import CoreLoraError, raise_all
 from corelora.kernels.fast import set_fast
 from corelora.recipe import Recipe
 from corelora.train.arguments import training_arguments
-from corelora.train.folder import RunFolder, versions, write_json
-from corelora.train.methods import adapter_config, is_full
-from corelora.train.models import head_names, load_model, load_model_config, load_tokenizer
-from corelora.train.progress import MetricsFile, ProgressBar, memory_bytes
+from corelora.train.dry_run import check
+from corelora.train.finish import save_weights, summarize
+from corelora.train.folder import RunFolder, write_json
+from corelora.train.memory import explain, is_out_of_memory
+from corelora.train.methods import adapter_config, needs_stats
+from corelora.train.models import head_names, load_model, load_tokenizer
+from corelora.train.plots import loss_curve
+from corelora.train.progress import MetricsFile, ProgressBar, read_metrics
+from corelora.train.start_from import load_start, weights_folder
+from corelora.train.statistics import run_stats
+from corelora.train.story import say, shortened
 from corelora.train.tasks import TASKS, Rows, Task
+from corelora.train.watch import AdaLoraSteps, first_steps, marked
 
 
 @dataclass(kw_only=True)
@@ -36,15 +46,16 @@ class Run:
     arguments: TrainingArguments
     tokenizer: Any
     rows: dict[str, Rows]  # "train", and "test" where the recipe has it
+    collator: Any
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.recipe.loop.steps is not None:
-            return self.recipe.loop.steps
-        batches = math.ceil(len(self.rows["train"].dataset) / (self.recipe.loop.batch_size * self.arguments.world_size))
-        a_pass = math.ceil(batches / self.recipe.loop.accumulate)
-        return math.ceil(self.recipe.loop.epochs * a_pass)
+        loop = self.recipe.loop
+        if loop.steps is not None:
+            return loop.steps
+        batches = math.ceil(len(self.rows["train"].dataset) / (loop.batch_size * self.arguments.world_size))
+        return math.ceil(loop.epochs * math.ceil(batches / loop.accumulate))
 
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
@@ -55,113 +66,150 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         output: the run folder; made where it is missing.
 
     Returns:
-        The results, as they are written to results.json.
+        The results, as they are written to results.json: test loss and metrics, trained parameters, seconds, tokens
+        a second, peak memory in bytes, versions, the recipe's fingerprint, seed.
 
     Raises:
-        CoreLoraError: anything wrong with the recipe, its data or the training; nothing is left half written.
+        CoreLoraError: anything wrong with the recipe, its data or the training.
     """
     began = time.perf_counter()
-    run = prepare(recipe, Path(output))
-    model = build_model(run)
-    trainer = build_trainer(run, model)
-    bar = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressBar))
-    try:
-        outcome = trainer.train()
-        tested = trainer.evaluate(metric_key_prefix="test") if "test" in run.rows else {}
-    finally:
-        bar.close()
-    save_weights(trainer, run)
-    results = summarize(run, trainer, {**outcome.metrics, **tested}, time.perf_counter() - began)
+    facts = check(recipe, Path(output))
+    run = prepare(recipe, facts.config, Path(output))
+    with memory_advice(run):
+        model = build_model(run)
+        trainer = build_trainer(run, model)
+        metrics = run_trainer(trainer, run)
+    save_weights(trainer, run.folder, run.tokenizer, recipe)
+    results = summarize(trainer, recipe, run.rows, metrics, time.perf_counter() - began)
     if trainer.is_world_process_zero():
+        loss_curve(read_metrics(run.folder.metrics), run.folder.curve, run.folder.root.name)
         write_json(run.folder.results, results)
     return results
 
 
-def prepare(recipe: Recipe, output: Path) -> Run:
-    """Everything before the model: folder, arguments, tokenizer, tokenised rows."""
+def prepare(recipe: Recipe, config: PretrainedConfig, output: Path) -> Run:
+    """Everything before the model: folder, arguments, tokenizer, tokenised rows, one of them shown.
+
+    Raises:
+        CoreLoraError: bad rows; rows that train no stop token.
+    """
     task = TASKS[recipe.task]
-    config = load_model_config(recipe.model, **task.config_settings(recipe))
     arguments = training_arguments(recipe, config, output)  # before any model: DeepSpeed's ZeRO-3 wants to know
     folder = RunFolder(output)
     if PartialState().is_main_process:
         folder.begin(recipe)
-    set_seed(recipe.loop.seed)
     set_fast(recipe.loop.fast)
     tokenizer = load_tokenizer(recipe.model)
-    wanted = ["train"] + (["test"] if recipe.data.test is not None else [])
-    rows = {which: task.encode(recipe, which, tokenizer) for which in wanted}
+    rows = {"train": task.encode(recipe, "train", tokenizer)}
+    if recipe.data.test is not None:
+        rows["test"] = task.encode(recipe, "test", tokenizer)
+    stop_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = {n for n in (*stop_ids, tokenizer.eos_token_id) if n is not None}
+    raise_all(task.row_problems(rows["train"], tokenizer, stops), "data")
+    for which, made in rows.items():
+        say(f"{which}: {made.summary or f'{len(made.dataset):,} rows'}")
+    sample = task.sample(rows["train"].dataset[0], tokenizer)
+    colour = sys.stderr.isatty()
+    say(f"\na row, what is trained {'in green' if colour else 'in [[ ]]'}:\n{shortened(marked(sample, colour))}\n")
     return Run(
-        recipe=recipe, folder=folder, task=task, config=config, arguments=arguments, tokenizer=tokenizer, rows=rows
+        recipe=recipe,
+        folder=folder,
+        task=task,
+        config=config,
+        arguments=arguments,
+        tokenizer=tokenizer,
+        rows=rows,
+        collator=task.collator(recipe, tokenizer),
     )
 
 
 def build_model(run: Run) -> Any:
-    """The model with its adapter, or with everything trained."""
-    recipe = run.recipe
-    model = load_model(recipe.model, run.config, run.task.auto_class, recipe.loop.checkpointing)
+    """The model with its adapter, or with everything trained.
+
+    Raises:
+        CoreLoraError: it can't be loaded, or not be trained on this data.
+    """
+    recipe, part = run.recipe, run.recipe.model
+    full = recipe.method["name"] == "full"
+    source = str(weights_folder(part.start_from, full=True)) if full and part.start_from else None
+    model = load_model(part, run.config, run.task.auto_class, recipe.loop.checkpointing, source)
+    if run.config.pad_token_id is None:
+        model.config.pad_token_id = run.tokenizer.pad_token_id  # a classifier looks for the last token before it
+    raise_all(run.task.model_problems(recipe, model, run.collator), "recipe")
+    method = dict(recipe.method)
+    if needs_stats(method):
+        method["stats"] = collect(run, model)
     heads = head_names(model) if run.task.has_head else []
-    config = adapter_config(recipe.method, run.task.task_type, heads, run.steps)
+    config = adapter_config(method, run.task.task_type, heads, run.steps)
     set_seed(recipe.loop.seed)  # starts depend on the seed alone, not on what was drawn while loading
-    return model if config is None else adapted(model, config)
+    return model if config is None else adapted(run, model, config)
 
 
-def adapted(model: Any, config: PeftConfig) -> Any:
-    """The model with an adapter on it."""
+def collect(run: Run, model: Any) -> Any:
+    """Input statistics of the model, where it will train if it can be moved there."""
+    if run.recipe.model.quantize is None and not run.arguments.fsdp:
+        model.to(run.arguments.device)
+    targets = run.recipe.method.get("target_modules")
+    return run_stats(model, run.rows["train"], run.collator, run.recipe.stats, targets)
+
+
+def adapted(run: Run, model: Any, config: PeftConfig) -> Any:
+    """The model with an adapter on it, begun from an earlier one where the recipe says so."""
     with warnings.catch_warnings():
         # Heads are excluded whether the targets would have met them or not.
         warnings.filterwarnings("ignore", message=".*exclude_modules.*")
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config)
+    given = run.recipe.model.start_from
+    if given is not None:
+        left = load_start(model, given)
+        say(f"starting from {given}" + (f"; a new head: {', '.join(left)} have another size" if left else ""))
+    return model
 
 
 def build_trainer(run: Run, model: Any) -> Any:
     """The task's Trainer with everything that watches the run."""
+    callbacks = [ProgressBar(), MetricsFile(run.folder.metrics), *first_steps(model)]
+    if AdaLoraSteps.needed(model):
+        callbacks.append(AdaLoraSteps())
     trainer = run.task.trainer_class()(
         recipe=run.recipe,
         model=model,
         args=run.arguments,
         train_dataset=run.rows["train"].dataset,
         eval_dataset=run.rows["test"].dataset if "test" in run.rows else None,
-        data_collator=run.task.collator(run.tokenizer),
+        data_collator=run.collator,
         compute_metrics=run.task.measure(run.recipe),
-        callbacks=[ProgressBar(), MetricsFile(run.folder.metrics)],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def save_weights(trainer: Any, run: Run) -> None:
-    """Write adapter/ (or model/) with the tokenizer; the folder appears whole or not at all."""
-    state = None
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # gathered by all processes
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.is_world_process_zero():
+def run_trainer(trainer: Any, run: Run) -> dict[str, Any]:
+    """Train, and test at the end; the bars end whatever happens.
+
+    Returns:
+        Trainer's figures of both.
+    """
+    try:
+        outcome = trainer.train()
+        tested = trainer.evaluate(metric_key_prefix="test") if "test" in run.rows else {}
+    finally:
+        bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressBar)]
+        for bar in bars:
+            bar.close()
+    return {**outcome.metrics, **tested}
+
+
+@contextmanager
+def memory_advice(run: Run) -> Iterator[None]:
+    """Turn running out of memory into what to change, computed."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = explain(run.recipe, run.config, run.arguments.device.type)
+    else:
         return
-    path = run.folder.weights(is_full(run.recipe.method))
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = True  # switched off for training; a saved model generates with it
-    model.save_pretrained(temporary, state_dict=state)
-    run.tokenizer.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(temporary, path)
-
-
-def summarize(run: Run, trainer: Any, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The figures of a finished run."""
-    parameters = list(trainer.model.parameters())
-    tokens = trainer.state.num_input_tokens_seen
-    return {
-        "steps": trainer.state.global_step,
-        "train_loss": metrics.get("train_loss"),
-        **{k: v for k, v in metrics.items() if k.startswith("test_") and not k.endswith(("_runtime", "_per_second"))},
-        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "parameters": sum(p.numel() for p in parameters),
-        "seconds": round(seconds, 1),
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / metrics["train_runtime"], 1) if metrics.get("train_runtime") else None,
-        "peak_memory": memory_bytes(),
-        "seed": run.recipe.loop.seed,
-        "rows": {which: dict(rows.counts) for which, rows in run.rows.items()},
-        "versions": versions(),
-    }
+    raise CoreLoraError(advice)  # outside the handler: the error's traceback would keep the tensors alive

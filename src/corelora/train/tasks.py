@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 
+from corelora.data.replies import Encoded
 from corelora.recipe import Recipe
 from corelora.registry import Registry
 
@@ -22,11 +23,25 @@ class Rows:
 
     Attributes:
         dataset: one example a row.
-        counts: what was counted while tokenising, for the log and the results: rows, tokens, truncated, ...
+        counts: what was counted while tokenising, for the results: rows, tokens, truncated, ...
+        summary: the same for a reader.
+        fingerprint: names the content and its order; None where that is not known.
     """
 
     dataset: datasets.Dataset
     counts: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+    fingerprint: str | None = None
+
+
+def as_rows(encoded: Encoded) -> Rows:
+    """What `corelora.data` made, as a run takes it."""
+    return Rows(
+        dataset=encoded.dataset,
+        counts=encoded.counts,
+        summary=encoded.summary(),
+        fingerprint=encoded.fingerprint,
+    )
 
 
 class Task(ABC):
@@ -50,7 +65,7 @@ class Task(ABC):
         """Tokenised rows of `data.train` or `data.test`."""
 
     @abstractmethod
-    def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, recipe: Recipe, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Rows to one batch of tensors."""
 
     @abstractmethod
@@ -65,8 +80,13 @@ class Task(ABC):
     def sample(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
         """A row as pieces of text, each with whether it is trained."""
 
-    def check_rows(self, rows: Rows, tokenizer: Any, stop_ids: set[int]) -> None:  # noqa: B027
-        """Refuse rows that would train the wrong thing; nothing is refused unless a task says so."""
+    @abstractmethod
+    def row_problems(self, rows: Rows, tokenizer: Any, stop_ids: set[int]) -> list[str]:
+        """Why these rows would train the wrong thing."""
+
+    @abstractmethod
+    def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
+        """Why this model, as it was loaded, can't be trained on this data."""
 
 
 TASKS: Registry[Task] = Registry("task")

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
+from corelora.data.collate import IGNORED
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output
 from corelora.train.optim import make_optimizer
-
-IGNORED = -100  # labels that are not trained
 
 
 class RunTrainer(Trainer):

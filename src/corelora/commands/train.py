@@ -1,0 +1,50 @@
+"""`corelora train`: from a recipe to a trained adapter and its run folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from corelora.commands.output import print_json
+from corelora.errors import CoreLoraError
+from corelora.recipe import Recipe, load_recipe
+
+HELP = "train what a recipe says"
+RUNS = Path("runs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="a YAML file; docs/recipes.md lists its keys")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="put a value over the recipe's: optim.lr=2e-4")
+    add("--output", metavar="FOLDER", help="run folder (the recipe's `output`, else runs/NAME-OF-THE-RECIPE)")
+    add("--dry-run", action="store_true", help="check everything and print the plan; load no weights, write nothing")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or show what would be trained.
+
+    Raises:
+        CoreLoraError: packages that training needs are missing; anything wrong with the recipe or the run.
+    """
+    try:  # here, so that the other commands need none of its packages, nor the time to import them
+        from corelora.train.dry_run import plan
+        from corelora.train.run import train
+        from corelora.train.story import next_steps
+    except ModuleNotFoundError as error:
+        raise CoreLoraError(f"training needs the package {error.name}. Install: pip install corelora[train]") from None
+    path = Path(arguments.recipe)
+    recipe = load_recipe(Recipe, path, arguments.set)
+    output = Path(arguments.output or recipe.output or RUNS / path.stem)
+    if arguments.dry_run:
+        print(plan(recipe, output))
+        print(f"\nNothing is wrong. Next: corelora train {path} --output {output}")
+        return 0
+    results = train(recipe, output)
+    if arguments.json:
+        print_json(results)
+    else:
+        print(next_steps(recipe, output, results))
+    return 0

@@ -1,0 +1,172 @@
+"""Everything that can be known about a run before any weight is read: all mistakes at once, and what it will take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from transformers import PretrainedConfig
+
+from corelora.errors import CoreLoraError, UnknownSettingError, raise_all
+from corelora.plan_memory import GIB
+from corelora.recipe import Recipe
+from corelora.recipe.tree import as_data
+from corelora.train import classify, instruct  # noqa: F401  (they register themselves)
+from corelora.train.arguments import precision_problems, weight_dtype
+from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
+from corelora.train.methods import is_full
+from corelora.train.methods import problems as method_problems
+from corelora.train.models import load_model_config, model_problems
+from corelora.train.optim import problems as optim_problems
+from corelora.train.optim import rate_problems
+from corelora.train.start_from import start_problems
+from corelora.train.tasks import TASKS
+
+STATES = 3  # a checkpoint holds the trained weights and, for AdamW, two states of their size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known about a run before its weights are.
+
+    Attributes:
+        config: the model's.
+        trained, parameters: numbers that train, numbers in all, adapter included.
+        trained_bytes: size of what trains.
+        disk: bytes that checkpoints and the result will take.
+        free: bytes free where the run folder will be.
+    """
+
+    config: PretrainedConfig
+    trained: int
+    parameters: int
+    trained_bytes: int
+    disk: int
+    free: int
+
+
+def check(recipe: Recipe, output: Path) -> Facts:
+    """Look at everything but the weights.
+
+    Args:
+        recipe: the run's.
+        output: where its folder will be.
+
+    Raises:
+        CoreLoraError: every mistake at once: unknown names, settings, targets that match nothing, ranks that don't
+            fit, types this machine lacks, missing files and columns, bad first rows, too little room on the disk.
+    """
+    found = [p for p in (TASKS.miss(recipe.task),) if p]
+    found += method_problems(recipe.method)
+    sound = not found  # only then there is a model to make
+    found += optim_problems(recipe.optim, recipe.method)
+    found += model_problems(recipe.model)
+    found += start_problems(recipe.model, full=is_full(recipe.method))
+    data = TASKS[recipe.task].problems(recipe) if recipe.task in TASKS else []
+    found += data
+    config = None
+    settings = TASKS[recipe.task].config_settings(recipe) if recipe.task in TASKS and not data else {}
+    try:
+        config = load_model_config(recipe.model, **settings)
+    except CoreLoraError as error:
+        found.append(str(error))
+    found += precision_problems(recipe, config)
+    model = None
+    if config is not None and sound:
+        model, wrong = _on_meta(recipe, config)
+        found += wrong
+    found += _folder_problems(output)
+    if config is None or model is None:
+        raise_all(found, "recipe")
+        raise AssertionError("a config or model is missing without a problem that says so")
+    facts = _facts(recipe, config, model, output)
+    if facts.disk > facts.free:
+        found.append(
+            f"output: {facts.disk / GIB:.2f} GiB are needed for checkpoints and the result, {facts.free / GIB:.2f} GiB "
+            f"are free at {_existing(output)}; lower loop.keep, or choose another --output."
+        )
+    raise_all(found, "recipe")
+    return facts
+
+
+def plan(recipe: Recipe, output: Path) -> str:
+    """What a run would do and take, for a reader; nothing is loaded and nothing written.
+
+    Raises:
+        CoreLoraError: as `check`.
+    """
+    facts = check(recipe, output)
+    loop = recipe.loop
+    share = 100 * facts.trained / facts.parameters
+    length = f"{loop.steps} steps" if loop.steps else f"{loop.epochs:g} epochs"
+    dtype = str(weight_dtype(recipe.model, facts.config)).removeprefix("torch.")
+    lines = [
+        yaml.safe_dump(as_data(recipe), sort_keys=False, allow_unicode=True).rstrip(),
+        "",
+        f"model     {recipe.model.name}, {facts.parameters:,} parameters, weights in {recipe.model.quantize or dtype}",
+        f"method    {recipe.method['name']}, {facts.trained:,} of them train ({share:.2f} %)",
+        f"length    {length} of {loop.batch_size} x {loop.accumulate} rows a device",
+        f"disk      {facts.disk / GIB:.2f} GiB of {facts.free / GIB:.2f} GiB free",
+        *_memory_lines(recipe, facts.config),
+    ]
+    return "\n".join(lines)
+
+
+def _memory_lines(recipe: Recipe, config: PretrainedConfig) -> list[str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    space = room(device)
+    try:
+        peak = step_memory(recipe, config, device).peak
+    except CoreLoraError as error:
+        return [f"memory    {error}"]
+    line = f"memory    about {peak / GIB:.2f} GiB at the peak of a step, {space / GIB:.2f} GiB on this {device} device"
+    if peak <= space:
+        return [line]
+    fitting = changes_that_fit(recipe, config, device, space)
+    advice = [f"          {' '.join(f'--set {s}' for s in c.settings)}   ({c.peak / GIB:.2f} GiB)" for c in fitting]
+    return [
+        f"{line}: it won't fit. What would, largest effect first:",
+        *(advice or ["          nothing: a smaller model"]),
+    ]
+
+
+def _on_meta(recipe: Recipe, config: PretrainedConfig) -> tuple[nn.Module | None, list[str]]:
+    """The model with its adapter, and why there is none, or what doesn't fit it."""
+    try:
+        model = meta_model(recipe, config)
+    except (CoreLoraError, UnknownSettingError, ValueError, ImportError) as error:
+        return None, [line.removeprefix("- ") for line in str(error).replace("\n  - ", "\n- ").splitlines()]
+    return model, rate_problems(recipe.optim, model)
+
+
+def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: Path) -> Facts:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in trained)
+    return Facts(
+        config=config,
+        trained=sum(p.numel() for p in trained),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_bytes=size,
+        disk=size * (STATES * (recipe.loop.keep + 1) + 1),  # one more than is kept, while it is written
+        free=shutil.disk_usage(_existing(output)).free,
+    )
+
+
+def _folder_problems(output: Path) -> list[str]:
+    existing = _existing(output)
+    if not existing.is_dir():
+        return [f"output: {existing} is a file, so {output} can't be a folder."]
+    if not os.access(existing, os.W_OK):
+        return [f"output: {existing} can't be written to."]
+    return []
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest thing above it that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())

@@ -1,0 +1,223 @@
+"""Memory of a training step from shapes alone, and which changes of a recipe would make it fit.
+
+The step is simulated as `corelora plan` does (`plan_memory`). What it does not know: autocast makes activations smaller
+than counted, and a CPU run shares its memory with everything else.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig
+
+from corelora.errors import CoreLoraError
+from corelora.plan_memory import GIB, OPTIMIZERS, RESERVE, Step, StepMemory, StepSimulator
+from corelora.recipe import Recipe
+from corelora.train.arguments import weight_dtype
+from corelora.train.methods import adapter_config, is_corelora, is_full, needs_stats
+from corelora.train.models import head_names
+from corelora.train.optim import optimizer_name
+from corelora.train.tasks import TASKS
+
+# Bytes of a weight in storage: LLM.int8 has a scale a row; NF4 with quantised scales takes 4.127 bits (QLoRA paper).
+QUANTIZED = {"8bit": 1.0, "4bit": 4.127 / 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A change of a recipe and the peak that it would have.
+
+    Attributes:
+        settings: as after --set, one or more.
+        peak: bytes at the peak of a step.
+    """
+
+    settings: tuple[str, ...]
+    peak: int
+
+
+def meta_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
+    """The recipe's model with its adapter, on the meta device: shapes and names, no weights.
+
+    Raises:
+        CoreLoraError: targets that match nothing, ranks that don't fit, ....
+    """
+    task = TASKS[recipe.task]
+    with torch.device("meta"):
+        model = task.auto_class.from_config(
+            copy.deepcopy(config),
+            dtype=weight_dtype(recipe.model, config),
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    if is_full(recipe.method):
+        return model
+    # Statistics change no shape, so the weights' own stand in for them.
+    method = {**recipe.method, "stats": "weight"} if needs_stats(recipe.method) else recipe.method
+    adapter = adapter_config(method, task.task_type, head_names(model) if task.has_head else [], 1)
+    assert adapter is not None
+    try:
+        if is_corelora(method):
+            with torch.device("meta"):
+                return get_peft_model(model, adapter)
+        return get_peft_model(model, adapter, low_cpu_mem_usage=True)  # PEFT's way to leave out a start's values
+    except CoreLoraError:
+        raise
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise CoreLoraError(f"method: {' '.join(str(error).split())}") from None
+
+
+def step_memory(recipe: Recipe, config: PretrainedConfig, device: str) -> StepMemory:
+    """What is alive at the peak of one step of a recipe, with rows as long as data.max_length.
+
+    Args:
+        recipe: the run's.
+        config: the model's.
+        device: "cuda" or "cpu": whose path is counted.
+
+    Raises:
+        CoreLoraError: the model can't be simulated.
+    """
+    step = Step(
+        batch=recipe.loop.batch_size,
+        length=recipe.data.max_length,
+        optimizer=_optimizer(recipe),
+        checkpointing=recipe.loop.checkpointing,
+        device="cuda" if device == "cuda" and recipe.loop.fast != "off" else "cpu",
+    )
+    model = meta_model(recipe, config)
+    saved = _saved_by_quantizing(recipe, model)
+    memory = StepSimulator(model, step.device).measure(step)
+    return replace(memory, weights=memory.weights - saved)
+
+
+def room(device: str) -> int:
+    """Bytes that a step may take on this machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory - RESERVE
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def changes_that_fit(recipe: Recipe, config: PretrainedConfig, device: str, space: int) -> list[Change]:
+    """Changes of a recipe that would bring its peak under `space` bytes, largest effect first.
+
+    Each is tried alone; where none is enough they are put together, the largest effect first, until the step fits. An
+    empty list says that even all of them are too much.
+    """
+    tried: list[tuple[Change, Callable[[Recipe], Recipe]]] = []
+    for settings, change in tqdm(_candidates(recipe), desc="what would fit", unit="change", delay=2, leave=False):
+        peak = _peak(change(recipe), config, device)
+        if peak is not None:
+            tried.append((Change(settings=settings, peak=peak), change))
+    tried.sort(key=lambda pair: pair[0].peak)
+    alone = [change for change, _ in tried if change.peak <= space]
+    return alone or _together(recipe, tried, (config, device, space))
+
+
+def explain(recipe: Recipe, config: PretrainedConfig, device: str, space: int | None = None) -> str:
+    """What to say after running out of memory: the estimate, and what would fit."""
+    space = room(device) if space is None else space
+    peak = _peak(recipe, config, device)
+    size = f"about {peak / GIB:.2f} GiB a step" if peak is not None else "more than there is"
+    first = f"out of memory: this recipe takes {size}, and there are {space / GIB:.2f} GiB."
+    fitting = changes_that_fit(recipe, config, device, space)
+    if not fitting:
+        return f"{first} No change of batch, checkpointing, type, storage and method makes it fit: use a smaller model."
+    lines = [f"  - {' '.join(f'--set {s}' for s in c.settings)}   ({c.peak / GIB:.2f} GiB)" for c in fitting]
+    return "\n".join([f"{first} What would fit, by estimate, largest effect first:", *lines])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("not enough memory|out of memory", str(error)))
+
+
+def _together(recipe: Recipe, tried: list[Any], where: tuple[PretrainedConfig, str, int]) -> list[Change]:
+    config, device, space = where
+    settings: tuple[str, ...] = ()
+    for change, apply in tried:
+        if {s.partition("=")[0] for s in settings} & {s.partition("=")[0] for s in change.settings}:
+            continue  # a larger change of the same key is in already
+        recipe, settings = apply(recipe), (*settings, *change.settings)
+        peak = _peak(recipe, config, device)
+        if peak is not None and peak <= space:
+            return [Change(settings=settings, peak=peak)]
+    return []
+
+
+def _candidates(recipe: Recipe) -> list[tuple[tuple[str, ...], Callable[[Recipe], Recipe]]]:
+    """Settings, and the function that makes them in a recipe."""
+    loop, model = recipe.loop, recipe.model
+    found: list[tuple[tuple[str, ...], Callable[[Recipe], Recipe]]] = []
+
+    def add(part: str, **values: Any) -> None:
+        settings = tuple(f"{part}.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items())
+        found.append((settings, lambda r: replace(r, **{part: replace(getattr(r, part), **values)})))
+
+    size = loop.batch_size // 2
+    while size >= 1:  # the rows of an update stay as many
+        if loop.batch_size % size == 0:
+            add("loop", batch_size=size, accumulate=loop.accumulate * loop.batch_size // size)
+        size //= 2
+    if not loop.checkpointing:
+        add("loop", checkpointing=True)
+    if model.dtype in ("auto", "float32") and model.quantize is None:
+        add("model", dtype="bfloat16")
+    if not is_full(recipe.method):
+        for kind in ("8bit", "4bit"):
+            if model.quantize is None or QUANTIZED[kind] < QUANTIZED[model.quantize]:
+                add("model", quantize=kind)
+    for name in ("nlora", "inttune"):
+        if recipe.method.get("name") != name:
+            found.append(((f"method.name={name}",), _with_method(name)))
+    return found
+
+
+def _with_method(name: str) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, method=_other_method(recipe, name))
+
+
+def _other_method(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Another method of corelora on the same modules at the same rank."""
+    kept = {k: v for k, v in recipe.method.items() if k in ("r", "target_modules", "modules_to_save")}
+    return {"target_modules": "all-linear", "on_small_layer": "clip", **kept, "name": name}
+
+
+def _peak(recipe: Recipe, config: PretrainedConfig, device: str) -> int | None:
+    try:
+        return step_memory(recipe, config, device).peak
+    except CoreLoraError:
+        return None
+
+
+def _optimizer(recipe: Recipe) -> str:
+    """The simulation's name for an optimizer's cost; AdamW's where it knows no closer one."""
+    name = optimizer_name(recipe.optim)
+    if name in OPTIMIZERS:
+        return name
+    return "adamw_8bit" if "8bit" in name else "adamw"
+
+
+def _saved_by_quantizing(recipe: Recipe, model: nn.Module) -> int:
+    """Bytes by which quantised weights are smaller; what is left is kept in float32, as PEFT prepares it."""
+    kind = recipe.model.quantize
+    if kind is None:
+        return 0
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not output}
+    saved = 0.0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            after = QUANTIZED[kind] if id(parameter) in linear else 4
+            saved += parameter.numel() * (parameter.element_size() - after)
+    return int(saved)
