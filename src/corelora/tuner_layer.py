@@ -283,16 +283,18 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' (or, with `adapter_names`, each sample's own)."""
+        if adapter_names is None and not args and not kwargs and wanted(x):
+            maker = self._form_maker(x)
+            if maker is not None:
+                base = self._modules["base_layer"]
+                assert base is not None
+                return fused_forward(x, base, maker)
         if self.disable_adapters or (adapter_names is not None and self.merged):
             if self.merged:
                 self.unmerge()
             if self.disable_adapters:
                 return self.base_layer(x, *args, **kwargs)
         active = self._mine()
-        if len(active) == 1 and adapter_names is None and not (args or kwargs) and wanted(x):
-            maker = self._form_maker(active[0], x)
-            if maker is not None:
-                return fused_forward(x, self.base_layer, maker)
         result = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, result, adapter_names)
@@ -308,18 +310,31 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         """Drop what the fused path keeps between forward passes: values that it was made from have changed."""
         self._makers.clear()
 
-    def _form_maker(self, name: str, x: Tensor) -> FormMaker | None:
-        """What the fused operation needs for this forward pass (kernels/fast.py), None where it does not apply."""
-        if self.merged or name in self.unchecked:
+    def _form_maker(self, x: Tensor) -> FormMaker | None:
+        """What the fused operation needs for this forward pass (kernels/fast.py), None where it does not apply.
+
+        Runs in every forward pass of every layer, where the host must keep ahead of a GPU: attributes are read from
+        where they are, past properties and nn.Module.__getattr__.
+        """
+        base = self._modules["base_layer"]
+        if self._disable_adapters or self.merged_adapters or base is None or not fits(base, x):
             return None
+        active = self._mine()
+        if len(active) != 1 or active[0] in self.unchecked:
+            return None
+        name = active[0]
         maker, scale = self._makers.get(name), self.scaling[name]
         if maker is None or maker.scale != scale:
             core = self.cores[name]
-            if not suits(self.view, self.base_layer, core):
+            if not suits(self.view, base, core):
                 return None
             maker = self._makers[name] = FormMaker(core, self.factors(name), scale)
-        dropped = self.training and self.cores[name].spec.dropout > 0
-        return None if dropped or not fits(self.base_layer, x) else maker
+        return None if self.training and maker.drops else maker
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves and casts make new tensors: what the fused path keeps is made from old ones."""
+        self.forget_forms()
+        return super()._apply(*args, **kwargs)
 
     def adapter_output(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the base layer's output for the layer's input x, in the output's layout."""

@@ -5,20 +5,20 @@ swapped. What that function can choose is the order of its products (`Order`):
 
 - AFTER   the base product first, the adapter added to its output: one more pass over the output. A slice of W that
           reads the input is then free, being some of the base product's own outputs.
-- BEFORE  the adapter's part first, the base product accumulated into it (beta = 1 of the matrix product), and columns
-          of W by an edit: W (x + scatter(f)) = W x + W[:, cols] f, so r columns of x change for the time of the base
-          product and are put back bit for bit (edit.py).
+- BEFORE  the adapter's part first, the base product accumulated into it (beta = 1 of the matrix product). Where only
+          columns of W write, there is no part at all but an edit: W (x + scatter(f)) = W x + W[:, cols] f, so r columns
+          of x change for the time of the base product and are put back bit for bit (edit.py).
 
 The gradients of the factors are products with the two thin features U = Rf x and V = Lf^T dy:
 
-    dG = V^T U        dR = (V G)^T x        dL = dy^T (U G^T)
+    dG = V^T U        dR = (V G)^T x        dL = dy^T F
 
-so `x` is saved only where R learns, and U (T x p) otherwise.
+with F = G U, so x is saved only where R learns, and U (T x p) otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -64,14 +64,18 @@ class Side:
     count: int
     index: Tensor | None
 
-    @property
-    def n1(self) -> int:
-        """How many stored rows there are."""
-        return 0 if self.stored is None else self.stored.shape[0]
-
-    def slice_of(self, W: Tensor) -> Tensor:
-        """The slice W[index, :] of W[n, side]."""
-        return W[: self.count] if self.index is None else W.index_select(0, self.index)
+    def rows(self, W: Tensor) -> Tensor:
+        """All rows as one matrix; `W` is W[n, side]. One wide product is cheaper than two over the same features."""
+        stored = self.stored
+        if not self.count:
+            assert stored is not None
+            return stored
+        cut = W[: self.count] if self.index is None else W.index_select(0, self.index)
+        if stored is None:
+            return cut
+        if stored.stride(1) == 1:
+            return torch.cat((stored, cut))
+        return torch.cat((stored.t(), cut.t()), dim=1).t()  # columns: joined as they lie in memory
 
 
 def choose_order(o: int, i: int, read: Side, write: Side, x: Tensor) -> Order:
@@ -80,7 +84,7 @@ def choose_order(o: int, i: int, read: Side, write: Side, x: Tensor) -> Order:
     Reading the input for a slice's U costs T i, a second pass over the output 2 T o (read and write); the columns of an
     edit are few. On a CPU the base product is not bound by memory and AFTER is never worse.
     """
-    if write.count and not can_edit(x):
+    if write.stored is None and not can_edit(x):
         return Order.AFTER
     if _order is not None:
         return _order
@@ -93,8 +97,8 @@ def choose_order(o: int, i: int, read: Side, write: Side, x: Tensor) -> Order:
 
 def apply_form(
     x: Tensor, W: Tensor, bias: Tensor | None, read: Side, write: Side, G: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y[T,o], U[T,p], F[T,q]) with U = Rf x, F = G U and y = W x + b + Lf F.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y[T,o], U[T,p], F[T,q]) with U = Rf x, F = G U and y = W x + b + Lf F; F None where it never stood alone.
 
     Args:
         x: [T,i].
@@ -106,74 +110,64 @@ def apply_form(
     """
     if choose_order(W.shape[0], x.shape[1], read, write, x) is Order.AFTER:
         return _after(x, W, bias, read, write, G)
-    U = features(x, W, read)
-    F = U if G is None else U @ G.T
-    backup = add_columns(x, F[:, write.n1 :], write.index) if write.count else None
-    if write.stored is not None:
-        y = F[:, : write.n1] @ write.stored
-        y = y if bias is None else y.add_(bias)
-        y.addmm_(x, W.T)
-    else:
-        y = torch.mm(x, W.T) if bias is None else torch.addmm(bias, x, W.T)
-    if backup is not None:
-        put_back(x, backup, write.index)
-    return y, U, F
-
-
-def features(x: Tensor, W: Tensor, read: Side) -> Tensor:
-    """U = Rf x: x[T,i] to [T,p], both parts into one buffer."""
-    if not read.count:
-        assert read.stored is not None
-        return x @ read.stored.T
-    if read.stored is None:
-        return x @ read.slice_of(W).T
-    U = x.new_empty(x.shape[0], read.n1 + read.count)
-    torch.mm(x, read.stored.T, out=U[:, : read.n1])
-    torch.mm(x, read.slice_of(W).T, out=U[:, read.n1 :])
-    return U
+    U = x @ read.rows(W).t()
+    if write.stored is None:
+        edited = add_columns(x, U, G, write.index)
+        y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
+        put_back(edited, write.index)
+        return y, U, None
+    F = U if G is None else U @ G.t()
+    y = F @ write.rows(W.t())
+    if bias is not None:
+        y.add_(bias)
+    return y.addmm_(x, W.t()), U, F
 
 
 def _after(
     x: Tensor, W: Tensor, bias: Tensor | None, read: Side, write: Side, G: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.mm(x, W.T) if bias is None else torch.addmm(bias, x, W.T)
-    parts = [] if read.stored is None else [x @ read.stored.T]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
     if read.count:  # W[rows] x is there already, plus the bias
-        picked = y[:, : read.count].clone() if read.index is None else y.index_select(1, read.index)
+        U = y[:, : read.count].clone() if read.index is None else y.index_select(1, read.index)
         if bias is not None:
-            picked -= bias[: read.count] if read.index is None else bias.index_select(0, read.index)
-        parts.append(picked)
-    U = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    F = U if G is None else U @ G.T
-    if write.stored is not None:
-        y.addmm_(F[:, : write.n1], write.stored)
-    if write.count:
-        y.addmm_(F[:, write.n1 :], write.slice_of(W.T))
+            U -= bias[: read.count] if read.index is None else bias.index_select(0, read.index)
+        if read.stored is not None:
+            U = torch.cat((x @ read.stored.t(), U), dim=1)
+    else:
+        assert read.stored is not None
+        U = x @ read.stored.t()
+    F = U if G is None else U @ G.t()
+    y.addmm_(F, write.rows(W.t()))
     return y, U, F
 
 
-def _sides(R: Tensor | None, L: Tensor | None, layout: Layout, dtype: torch.dtype) -> tuple[Side, Side]:
-    """The reading and the writing side, in the type of the features."""
-    R = R if R is None or R.dtype == dtype else R.to(dtype)
-    L = L if L is None or L.dtype == dtype else L.to(dtype)
-    read = Side(R, layout.rows, layout.row_index)
-    write = Side(None if L is None else L.T, layout.cols, layout.col_index)
-    return read, write if layout.scale == 1 or write.stored is None else replace(
-        write, stored=write.stored * layout.scale
-    )
+def _read_side(R: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
+    """The reading side, in the type of the features."""
+    return Side(R if R is None or R.dtype == dtype else R.to(dtype), layout.rows, layout.row_index)
+
+
+def _write_side(L: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
+    """The writing side, likewise, with the scale of an identity G."""
+    if L is not None:
+        L = (L if L.dtype == dtype else L.to(dtype)).t()
+        L = L if layout.scale == 1 else L * layout.scale
+    return Side(L, layout.cols, layout.col_index)
 
 
 def run_forward(
     x: Tensor, W: Tensor, bias: Tensor | None, R: Tensor | None, L: Tensor | None, G: Tensor | None, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """(y[..., o], U[T,p])."""
-    read, write = _sides(R, L, layout, x.dtype)
-    g = G if G is None or G.dtype == x.dtype else G.to(x.dtype)
+    dtype = x.dtype
+    read, write = _read_side(R, layout, dtype), _write_side(L, layout, dtype)
+    g = G if G is None or G.dtype == dtype else G.to(dtype)
+    if x.dim() == 2:
+        return apply_form(x, W, bias, read, write, g)[:2]
     y, U, _ = apply_form(x.reshape(-1, x.shape[-1]), W, bias, read, write, g)
     return y.view(*x.shape[:-1], W.shape[0]), U
 
 
-@dataclass
+@dataclass(slots=True)
 class Saved:
     """What a backward pass needs: x[..., i] only where R learns, U[T,p], and the form."""
 
@@ -188,25 +182,30 @@ class Saved:
 
 def run_backward(dy: Tensor, saved: Saved, needs: tuple[bool, ...] | list[bool]) -> list[Tensor | None]:
     """[dx, dR, dL, dG] of the form; None where `needs` says that nobody asks."""
-    W, R, L, U = saved.W, saved.R, saved.L, saved.U
-    flat = dy.reshape(-1, dy.shape[-1])
-    read, write = _sides(R, L, saved.layout, dy.dtype)
-    g = saved.G if saved.G is None or saved.G.dtype == dy.dtype else saved.G.to(dy.dtype)
+    W, R, L, G, dtype = saved.W, saved.R, saved.L, saved.G, dy.dtype
+    flat = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    read, write = _read_side(R, saved.layout, dtype), _write_side(L, saved.layout, dtype)
+    g = G if G is None or G.dtype == dtype else G.to(dtype)
     dx = dR = dL = dG = None
     if needs[0]:
-        out, V, H = apply_form(flat, W.T, None, write, read, None if g is None else g.T)
-        dx = out.view(*dy.shape[:-1], W.shape[1])
+        out, V, H = apply_form(flat, W.t(), None, write, read, None if g is None else g.t())
+        dx = out if dy.dim() == 2 else out.view(*dy.shape[:-1], W.shape[1])
     else:  # the first layer: no input gradient, only the factors'
-        V = features(flat, W.T, write)
+        V = flat @ write.rows(W.t()).t()
         H = V if g is None else V @ g
     if needs[1] and saved.x is not None and R is not None:
-        dR = (H[:, : read.n1].T @ saved.x.reshape(-1, saved.x.shape[-1])).to(R.dtype)
+        assert H is not None  # R is stored, so its gradient's features stood alone
+        H1 = H[:, : R.shape[0]] if read.count else H
+        dR = H1.t() @ saved.x.reshape(-1, saved.x.shape[-1])
+        dR = dR if dR.dtype == R.dtype else dR.to(R.dtype)
     if needs[2] and L is not None:
-        F = U if g is None else U @ g[: write.n1].T
-        dL = (flat.T @ F).to(L.dtype)
+        # F again: keeping it would cost as much memory as U, and making it costs nothing that can be measured.
+        dL = flat.t() @ (saved.U if g is None else saved.U @ g[: L.shape[1]].t())
+        dL = dL if dL.dtype == L.dtype else dL.to(L.dtype)
         dL = dL if saved.layout.scale == 1 else dL * saved.layout.scale
-    if needs[3] and saved.G is not None:
-        dG = (V.T @ U).to(saved.G.dtype)
+    if needs[3] and G is not None:
+        dG = V.t() @ saved.U
+        dG = dG if dG.dtype == G.dtype else dG.to(G.dtype)
     return [dx, dR, dL, dG]
 
 
@@ -214,21 +213,21 @@ class _CoreLinear(torch.autograd.Function):
     """The eager face: an autograd function costs the host far less than a registered operation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, R: Any, L: Any, C: Any, maker: FormMaker) -> Tensor:
-        G = maker.expand(C)
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, R: Any, L: Any, C: Any, D: Any, maker: FormMaker) -> Tensor:
+        G = maker.expand(C, D)
         y, U = run_forward(x, W, bias, R, L, G, maker.layout)
-        keep_x = R is not None and ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if keep_x else None, W, R, L, G, U)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, R, L, G, U, C, D)
         ctx.maker = maker
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, W, R, L, G, U = ctx.saved_tensors
-        n = ctx.needs_input_grad
-        saved = Saved(x, W, R, L, G, U, ctx.maker.layout)
+        x, W, R, L, G, U, C, D = ctx.saved_tensors
+        n, maker = ctx.needs_input_grad, ctx.maker
+        saved = Saved(x, W, R, L, G, U, maker.layout)
         dx, dR, dL, dG = run_backward(dy, saved, (n[0], n[3], n[4], n[5]))
-        return dx, None, None, dR, dL, None if dG is None else ctx.maker.collapse(dG), None
+        dC, dD = (None, None) if dG is None else maker.collapse(dG, C, D)
+        return dx, None, None, dR, dL, dC, dD, None
 
 
 def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor:
@@ -240,11 +239,11 @@ def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor
         bias: [o] or None, frozen.
         form: the adapter's form.
     """
-    maker = form.maker
+    R, L, C, D, maker = form
     if torch.compiler.is_compiling():
-        lay, G = maker.layout, maker.expand(form.C)
-        return linear_op(x, W, bias, form.R, form.L, G, lay.rows, lay.row_index, lay.cols, lay.col_index, lay.scale)[0]
-    return _CoreLinear.apply(x, W, bias, form.R, form.L, form.C, maker)
+        lay, G = maker.layout, maker.expand(C, D)
+        return linear_op(x, W, bias, R, L, G, lay.rows, lay.row_index, lay.cols, lay.col_index, lay.scale)[0]
+    return _CoreLinear.apply(x, W, bias, R, L, C, D, maker)
 
 
 @torch.library.custom_op("corelora::linear", mutates_args=())
@@ -268,8 +267,8 @@ def linear_op(
 @linear_op.register_fake
 def _(x, W, bias, R, L, G, rows, row_index, cols, col_index, scale):
     y = x.new_empty(*x.shape[:-1], W.shape[0])
-    p = (0 if R is None else R.shape[0]) + rows
-    return y, x.new_empty(x.numel() // x.shape[-1], p)
+    T, p = x.numel() // x.shape[-1], (0 if R is None else R.shape[0]) + rows
+    return y, x.new_empty(T, p)
 
 
 @torch.library.custom_op("corelora::linear_backward", mutates_args=())

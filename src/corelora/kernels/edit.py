@@ -7,6 +7,7 @@ are restored from a copy before the function returns.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,21 +16,36 @@ def can_edit(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
-def add_columns(x: Tensor, f: Tensor, index: Tensor | None) -> Tensor:
-    """x[:, index] += f for x[T,i] and f[T,n]; `index` None means the leading n columns. Returns the old columns."""
+def add_columns(x: Tensor, U: Tensor, G: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x[:, index] += U G^T for x[T,i], U[T,p] and G[n,p] (None: the identity).
+
+    Args:
+        x: changed in place.
+        U: thin features.
+        G: applied to them; the sum is made in one product where the columns are the leading ones.
+        index: which columns, int64; None for the leading n.
+
+    Returns:
+        What `put_back` needs: the tensor to write to, and the old columns.
+    """
+    data = x.data
     if index is None:
-        head = x.data[:, : f.shape[1]]
+        head = data[:, : U.shape[1] if G is None else G.shape[0]]
         backup = head.clone()
-        head.add_(f)
-    else:
-        backup = x.data.index_select(1, index)
-        x.data.index_copy_(1, index.long(), backup + f)
-    return backup
+        if G is None:
+            head.add_(U)
+        else:
+            head.addmm_(U, G.t())
+        return head, backup
+    backup = data.index_select(1, index)
+    data.index_copy_(1, index, backup + U if G is None else torch.addmm(backup, U, G.t()))
+    return data, backup
 
 
-def put_back(x: Tensor, backup: Tensor, index: Tensor | None) -> None:
+def put_back(edited: tuple[Tensor, Tensor], index: Tensor | None) -> None:
     """Undo `add_columns`, exactly."""
+    place, backup = edited
     if index is None:
-        x.data[:, : backup.shape[1]].copy_(backup)
+        place.copy_(backup)
     else:
-        x.data.index_copy_(1, index.long(), backup)
+        place.index_copy_(1, index, backup)

@@ -38,12 +38,19 @@ def suits(view: View, base: nn.Module, core: CoreAdapter) -> bool:
 
 def fits(base: nn.Module, x: Tensor) -> bool:
     """Whether this input can take it: the base's own type and frozen, no autocast, nobody listening to the base."""
-    assert isinstance(base, nn.Linear)
-    weight, bias = base.weight, base.bias
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    plain = frozen and weight.dtype == x.dtype and x.is_floating_point() and not weight.is_meta
-    heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
-    return plain and not heard and not torch.is_autocast_enabled(x.device.type)
+    kept, own = base._parameters, base.__dict__
+    weight, bias = kept["weight"], kept["bias"]
+    if (
+        weight is None
+        or weight.requires_grad
+        or weight.dtype != x.dtype
+        or weight.is_meta
+        or type(base) is not nn.Linear
+    ):
+        return False
+    heard = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own
+    learns = bias is not None and bias.requires_grad
+    return not heard and not learns and not torch.is_autocast_enabled(x.device.type)
 
 
 def fused_forward(x: Tensor, base: nn.Module, maker: FormMaker) -> Tensor:
@@ -54,5 +61,7 @@ def fused_forward(x: Tensor, base: nn.Module, maker: FormMaker) -> Tensor:
         base: the plain linear layer, one that `suits`.
         maker: makes the adapter's form.
     """
-    assert isinstance(base, nn.Linear)
-    return core_linear(x, base.weight, base.bias, maker.make())
+    kept = base._parameters
+    weight = kept["weight"]
+    assert weight is not None
+    return core_linear(x, weight, kept["bias"], maker.make())

@@ -14,6 +14,7 @@ so a difference of products costs one wider product and no cancellation, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,17 +40,18 @@ class Layout:
     scale: float = 1.0
 
 
-@dataclass
-class Form:
-    """R[p1,i], L[o,q1], the core C and how G follows from it: one adapter at one moment.
+class Form(NamedTuple):
+    """R[p1,i], L[o,q1] and the core, from which `maker` makes G: one adapter at one moment.
 
-    `C` is the trained core itself where G is that core times numbers, so that the product and its gradient need no
-    nodes of their own in autograd's graph; else it is G, or None for a G that does not learn.
+    Where G follows from trained cores by numbers and one product, C is the dense core, or C = A' and D = B' of a nested
+    one: `FormMaker.expand` and `collapse` then do it inside the operation, without nodes of their own in autograd's
+    graph. Elsewhere C is G itself, or None for a G that does not learn.
     """
 
     R: Tensor | None
     L: Tensor | None
     C: Tensor | None
+    D: Tensor | None
     maker: FormMaker
 
 
@@ -69,55 +71,67 @@ class FormMaker:
 
     def __init__(self, core: CoreAdapter, factors: Factors, scale: float) -> None:
         self.core, self.factors, self.scale = core, factors, scale
+        self.drops = core.spec.dropout > 0
         self.A, self.B = factors["A"], factors["B"]
         self.middle = [factors[str(name)] for name in core.stages[1:-1]]
         self.a_parts, self.b_parts = _parts(self.A), _parts(self.B)
         a_live, b_live = self.A.is_live, self.B.is_live
         self.layout = Layout(
             rows=core.spec.r if a_live else 0,
-            row_index=self.A.index if a_live else None,
+            row_index=_whole(self.A.index) if a_live else None,
             cols=core.spec.r if b_live else 0,
-            col_index=self.B.index if b_live else None,
+            col_index=_whole(self.B.index) if b_live else None,
             scale=1.0 if self.middle or core.has_offsets or a_live or b_live else scale,
         )
         self.blocks = (len(self.b_parts), len(self.a_parts))
         self.is_unscaled = scale == 1 and self._plain_slices()
-        self.is_direct = len(self.middle) == 1 and self.middle[0].plan.trained and self._is_elementwise()
+        self.is_direct = self._follows_from_cores()
         self._weights: Tensor | None = None
         self._constant: Tensor | None = None
 
     def make(self) -> Form:
         """The form at this moment."""
-        core = self.middle[0].weight if self.is_direct else self._small()
-        return Form(self._stack(self.A, 0), self._stack(self.B, 1), core, self)
+        # The factors are read past nn.Module.__getattr__, which costs the host as much as starting a small kernel.
+        R, L = self._stack(self.A, 0), self._stack(self.B, 1)
+        if not self.is_direct:
+            return Form(R, L, self._small(), None, self)
+        C = self.middle[0]._parameters["weight"]
+        return Form(R, L, C, self.middle[1]._parameters["weight"] if len(self.middle) == 2 else None, self)
 
-    def expand(self, C: Tensor | None) -> Tensor | None:
-        """G[q,p] from the core: linear in C, plus a constant."""
+    def expand(self, C: Tensor | None, D: Tensor | None) -> Tensor | None:
+        """G[q,p] from the cores of a form."""
         if not self.is_direct or C is None:
             return C
+        M = C if D is None else D @ C
         if self.blocks == (1, 1):
-            return C if self.is_unscaled else C * self._scaling(C)
-        scaling = self._scaling(C)
-        return torch.addcmul(self._constant_part(C, scaling), scaling, C.repeat(self.blocks))
+            return M if self.is_unscaled else M * self._scaling(M)
+        r, (q, p) = self.core.spec.r, self.blocks
+        constant, spread = self._constant_part(C), M.view(1, r, 1, r)
+        if self.is_unscaled:
+            return (constant + spread).view(q * r, p * r)
+        return torch.addcmul(constant, self._scaling(M).view(q, r, p, r), spread).view(q * r, p * r)
 
-    def collapse(self, dG: Tensor) -> Tensor:
-        """The gradient of C from that of G: the transpose of `expand`."""
-        if not self.is_direct or (self.is_unscaled and self.blocks == (1, 1)):
-            return dG
-        dG = dG * self._scaling(dG)
-        if self.blocks == (1, 1):
-            return dG
-        r = self.core.spec.r
-        return dG.view(self.blocks[0], r, self.blocks[1], r).sum(dim=(0, 2))
+    def collapse(self, dG: Tensor, C: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The gradients of C and D from that of G: the transpose of `expand`."""
+        if self.is_direct:
+            dG = dG if self.is_unscaled else dG * self._scaling(dG)
+            if self.blocks != (1, 1):
+                r, (q, p) = self.core.spec.r, self.blocks
+                dG = dG.view(q, r, p, r).sum(dim=(0, 2))
+        if C is None or D is None:
+            return dG, None
+        return D.T @ dG, dG @ C.T
 
     def _stack(self, factor: Factor, dim: int) -> Tensor | None:
         """Stored parts of an outer factor, its trained part first."""
+        start = factor._buffers["start"]
         if not factor.plan.trained:
-            return factor.start
-        if not factor.plan.offset or factor.start is None:
-            return factor.weight
-        assert factor.weight is not None
-        return torch.cat([factor.weight, factor.start.to(factor.weight.dtype)], dim=dim)
+            return start
+        weight = factor._parameters["weight"]
+        if not factor.plan.offset or start is None:
+            return weight
+        assert weight is not None
+        return torch.cat([weight, start.to(weight.dtype)], dim=dim)
 
     def _small(self) -> Tensor | None:
         """G: the blocks of the core, times the scalings."""
@@ -135,14 +149,15 @@ class FormMaker:
         rows = [torch.cat([_block(b, a, M, dM) for a in self.a_parts], dim=1) for b in self.b_parts]
         return torch.cat(rows)
 
-    def _constant_part(self, C: Tensor, scaling: Tensor) -> Tensor:
-        """G at the start: [[core0, core0], [core0, 0]] times the scalings."""
+    def _constant_part(self, C: Tensor) -> Tensor:
+        """G at the start as [q/r, r, p/r, r]: [[core0, core0], [core0, 0]] times the scalings."""
         constant = self._constant
         if constant is None or constant.device != C.device or constant.dtype != C.dtype:
             start = self.middle[0].start
             assert start is not None
-            start = start.to(C)
-            constant = self._constant = (self._in_blocks(start, torch.zeros_like(start)) * scaling).detach()
+            start, r = start.to(C), self.core.spec.r
+            G = self._in_blocks(start, torch.zeros_like(start)) * self._scaling(C)
+            constant = self._constant = G.detach().view(self.blocks[0], r, self.blocks[1], r)
         return constant
 
     def _middle_matrices(self) -> tuple[Tensor | None, Tensor | None]:
@@ -154,10 +169,13 @@ class FormMaker:
             pair = factor.on_matrices(pair, None, like.dtype)
         return (None, None) if pair is None else pair
 
-    def _is_elementwise(self) -> bool:
-        """The core is dense and no slice has an [r,r] transform: G is the core times numbers."""
+    def _follows_from_cores(self) -> bool:
+        """One dense core, or a nested one without offsets, and no slice with an [r,r] transform."""
         transforms = [t for t in (self.A.transform, self.B.transform) if t is not None]
-        return len(self.middle[0].plan.shape) == 2 and all(t.ndim == 1 for t in transforms)
+        dense = len(self.middle) == 1 and len(self.middle[0].plan.shape) == 2
+        nested = len(self.middle) == 2 and not self.core.has_offsets
+        learns = all(f.plan.trained for f in self.middle)
+        return (dense or nested) and learns and all(t.ndim == 1 for t in transforms)
 
     def _plain_slices(self) -> bool:
         return self.A.transform is None and self.B.transform is None
@@ -200,6 +218,11 @@ class FormMaker:
         if part == "start" and factor.is_live and factor.transform is not None:
             return factor.transform.to(like)
         return torch.eye(self.core.spec.r, device=like.device, dtype=like.dtype)
+
+
+def _whole(index: Tensor | None) -> Tensor | None:
+    """int64, the only type that copying by index takes; files hold int32."""
+    return None if index is None else index.long()
 
 
 def _parts(factor: Factor) -> list[str]:
