@@ -33,14 +33,12 @@ class GlueTask:
         labels: what 0, 1, 2 mean; for a regression one name.
         kind: CLASSIFY or REGRESS.
         metrics: names of METRICS; the first is the one that papers report.
-        test_split: the labelled split that stands for a test set, as GLUE keeps its test labels to itself.
     """
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     kind: str = CLASSIFY
     metrics: tuple[str, ...] = ("accuracy",)
-    test_split: str = "validation"
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -71,7 +69,6 @@ GLUE.add(
     GlueTask(
         texts=("premise", "hypothesis"),
         labels=("entailment", "neutral", "contradiction"),
-        test_split="validation_matched",
     ),
 )
 GLUE.add("qnli", GlueTask(texts=("question", "sentence"), labels=_ENTAILMENT))

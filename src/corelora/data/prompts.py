@@ -158,7 +158,8 @@ def _render(messages: Sequence[Message], tokenizer: Any, *, add_generation_promp
 
 def _stop_at(reply: str, content: str, tokenizer: Any) -> int:
     """Where a rendered reply ends: behind the first special token that follows its content."""
-    begin = max(reply.find(content.strip()), 0) + len(content.strip())
+    content = content.strip()
+    begin = reply.index(content) + len(content) if content in reply else 0
     found = [(at, len(t)) for t in special_tokens(tokenizer) if (at := reply.find(t, begin)) >= 0]
     if not found:
         raise CoreLoraError("the chat template ends a reply without a stop token; use prompt 'paper'")

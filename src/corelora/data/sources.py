@@ -205,7 +205,7 @@ def split_name(source: SourcePart) -> str:
 def _slice(source: SourcePart, split: str, rows: int) -> range:
     """The row numbers that a split's slice stands for. An end behind the last row is the last row, as in Python."""
     try:
-        part = datasets.ReadInstruction.from_spec(source.split).to_absolute({split: rows})[0]
+        part = datasets.ReadInstruction.from_spec(source.split.strip()).to_absolute({split: rows})[0]
     except (ValueError, AssertionError) as error:
         raise CoreLoraError(f"split {source.split!r} of {source.path}: {error}") from None
     return range(part.from_ or 0, rows if part.to is None else part.to)
