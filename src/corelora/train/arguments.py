@@ -11,10 +11,9 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from corelora.recipe import Recipe
 from corelora.recipe.schema import ModelPart
+from corelora.train.folder import RunFolder
 from corelora.train.models import DTYPES
 from corelora.train.optim import optimizer_name
-
-CHECKPOINTS = "checkpoints"
 
 
 def weight_dtype(part: ModelPart, config: PretrainedConfig) -> torch.dtype:
@@ -55,7 +54,7 @@ def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -
     loop = recipe.loop
     tests = loop.test_every is not None and recipe.data.test is not None
     return TrainingArguments(
-        output_dir=str(output / CHECKPOINTS),
+        output_dir=str(RunFolder(output).checkpoints),
         max_steps=loop.steps or -1,
         num_train_epochs=loop.epochs,
         per_device_train_batch_size=loop.batch_size,

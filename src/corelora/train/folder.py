@@ -42,6 +42,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def checkpoints(self) -> Path:
+        """What a run that was cut off goes on from."""
+        return self.root / "checkpoints"
+
+    @property
     def results(self) -> Path:
         """Figures of a finished run."""
         return self.root / "results.json"
@@ -62,8 +67,8 @@ class RunFolder:
             OSError: the folder can't be written.
         """
         self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.versions, versions())  # first: beside it, a recipe.yaml is known as a run's own
         write_text(self.recipe, yaml.safe_dump(as_data(recipe), sort_keys=False, allow_unicode=True))
-        write_json(self.versions, versions())
 
 
 def versions() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from corelora.train.methods import adapter_config, needs_stats
 from corelora.train.models import head_names, load_model, load_tokenizer
 from corelora.train.plots import loss_curve
 from corelora.train.progress import MetricsFile, ProgressBar, read_metrics
+from corelora.train.resume import Standing, held
 from corelora.train.start_from import load_start, weights_folder
 from corelora.train.statistics import run_stats
 from corelora.train.story import say, shortened
@@ -47,6 +48,16 @@ class Run:
     tokenizer: Any
     rows: dict[str, Rows]  # "train", and "test" where the recipe has it
     collator: Any
+
+    @property
+    def is_main(self) -> bool:
+        """This is the process that writes files."""
+        return PartialState().is_main_process
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What must be as it was where the run goes on, beside the recipe: else other rows would follow."""
+        return {"processes": self.arguments.world_size, "rows": self.rows["train"].fingerprint}
 
     @property
     def steps(self) -> int:
@@ -72,32 +83,43 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     Raises:
         CoreLoraError: anything wrong with the recipe, its data or the training.
     """
+    folder = RunFolder(Path(output))
+    with held(folder, recipe) as standing:
+        if standing.results is None:
+            return make(recipe, folder, standing)
+    say(f"{output} holds this run, finished; nothing was done. Another run needs another --output")
+    return standing.results
+
+
+def make(recipe: Recipe, folder: RunFolder, standing: Standing) -> dict[str, Any]:
+    """Train from where the run stands to its end; the folder is held."""
     began = time.perf_counter()
-    facts = check(recipe, Path(output))
-    run = prepare(recipe, facts.config, Path(output))
+    facts = check(recipe, folder.root)
+    run = prepare(recipe, facts.config, folder)
+    standing.check_same(run.about)
+    if run.is_main:
+        folder.begin(recipe)
     with memory_advice(run):
         model = build_model(run)
-        trainer = build_trainer(run, model)
-        metrics = run_trainer(trainer, run)
+        trainer = build_trainer(run, model, standing)
+        metrics = run_trainer(trainer, run, standing)
     save_weights(trainer, run.folder, run.tokenizer, recipe)
-    results = summarize(trainer, recipe, run.rows, metrics, time.perf_counter() - began)
+    seconds = standing.seconds + time.perf_counter() - began
+    results = summarize(trainer, recipe, run.rows, metrics, seconds)
     if trainer.is_world_process_zero():
         loss_curve(read_metrics(run.folder.metrics), run.folder.curve, run.folder.root.name)
         write_json(run.folder.results, results)
     return results
 
 
-def prepare(recipe: Recipe, config: PretrainedConfig, output: Path) -> Run:
-    """Everything before the model: folder, arguments, tokenizer, tokenised rows, one of them shown.
+def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
+    """Everything before the model: arguments, tokenizer, tokenised rows, one of them shown.
 
     Raises:
         CoreLoraError: bad rows; rows that train no stop token.
     """
     task = TASKS[recipe.task]
-    arguments = training_arguments(recipe, config, output)  # before any model: DeepSpeed's ZeRO-3 wants to know
-    folder = RunFolder(output)
-    if PartialState().is_main_process:
-        folder.begin(recipe)
+    arguments = training_arguments(recipe, config, folder.root)  # before any model: DeepSpeed's ZeRO-3 wants to know
     set_fast(recipe.loop.fast)
     tokenizer = load_tokenizer(recipe.model)
     rows = {"train": task.encode(recipe, "train", tokenizer)}
@@ -166,9 +188,11 @@ def adapted(run: Run, model: Any, config: PeftConfig) -> Any:
     return model
 
 
-def build_trainer(run: Run, model: Any) -> Any:
+def build_trainer(run: Run, model: Any, standing: Standing) -> Any:
     """The task's Trainer with everything that watches the run."""
-    callbacks = [ProgressBar(), MetricsFile(run.folder.metrics), *first_steps(model)]
+    callbacks = [ProgressBar(), MetricsFile(run.folder.metrics, standing.seconds)]
+    if standing.checkpoint is None:
+        callbacks += first_steps(model)
     if AdaLoraSteps.needed(model):
         callbacks.append(AdaLoraSteps())
     trainer = run.task.trainer_class()(
@@ -180,19 +204,21 @@ def build_trainer(run: Run, model: Any) -> Any:
         data_collator=run.collator,
         compute_metrics=run.task.measure(run.recipe),
         callbacks=callbacks,
+        metrics=run.folder.metrics,
+        about=run.about,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def run_trainer(trainer: Any, run: Run) -> dict[str, Any]:
-    """Train, and test at the end; the bars end whatever happens.
+def run_trainer(trainer: Any, run: Run, standing: Standing) -> dict[str, Any]:
+    """Train, from a checkpoint where there is one, and test at the end; the bars end whatever happens.
 
     Returns:
         Trainer's figures of both.
     """
     try:
-        outcome = trainer.train()
+        outcome = trainer.train(str(standing.checkpoint.path) if standing.checkpoint else None)
         tested = trainer.evaluate(metric_key_prefix="test") if "test" in run.rows else {}
     finally:
         bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressBar)]

@@ -6,27 +6,26 @@ TRL's SFTTrainer was tried and left: docs/training.md says why.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
 from corelora.data.collate import IGNORED
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
+from corelora.train.checkpoints import ResumableTrainer, newest_checkpoint
 from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output
 from corelora.train.optim import make_optimizer
 
 
-class RunTrainer(Trainer):
+class RunTrainer(ResumableTrainer):
     """The Trainer of a run.
 
     Args:
         recipe: the run's.
-        **options: Trainer's own.
+        **options: ResumableTrainer's.
     """
 
     def __init__(self, recipe: Recipe, **options: Any) -> None:
@@ -61,7 +60,7 @@ class RunTrainer(Trainer):
         module = first_bad_output(model, self._batches) if is_loss else first_bad_gradient(model)
         what = f"the loss is {float(torch.stack(self._losses).sum())}" if is_loss else "a gradient is not finite"
         where = f", first in {module}" if module else ""
-        kept = newest_checkpoint(Path(str(self.args.output_dir)))
+        kept = newest_checkpoint(self.checkpoints)
         state = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
         changes = "\n".join(f"  - {a}" for a in advice(self.recipe))
         raise CoreLoraError(
@@ -94,12 +93,6 @@ class LabelTrainer(RunTrainer):
         """(None, logits [b, labels], labels [b]) of a batch."""
         _, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         return None, logits, labels
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps under `folder`."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
