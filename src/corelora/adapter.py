@@ -272,7 +272,8 @@ class CoreAdapter:
             shape = plan.shape if len(plan.shape) == 2 else (1, *plan.shape)
             return kaiming_uniform((shape[0], shape[1])).reshape(plan.shape)
         if plan.offset:
-            return torch.zeros(plan.shape)
+            native = weight.native()  # made where they stay: zeros for a 7B model take a second to be brought to a GPU
+            return torch.zeros(plan.shape, device=native.device, dtype=native.dtype)
         if value is None:  # a plain trained factor that begins as a slice: copied out once
             index = outer.rows if plan.source == "rows" else outer.cols
             assert index is not None

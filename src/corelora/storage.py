@@ -86,12 +86,12 @@ class BaseWeight:
     def rows(self, index: Tensor) -> Tensor:
         """W[index, :] in float32, without a float copy of the rest."""
         W = self.native()
-        return W[index.to(W.device)].float()
+        return W.index_select(0, index.to(W.device)).float()
 
     def cols(self, index: Tensor) -> Tensor:
         """W[:, index] in float32, without a float copy of the rest."""
         W = self.native()
-        return W[:, index.to(W.device)].float()
+        return W.index_select(1, index.to(W.device)).float()
 
     def sample(self, n: int = 16) -> Tensor:
         """n entries of W spread evenly over it, in float32 on the CPU: a fingerprint that survives a change of type."""
