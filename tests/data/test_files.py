@@ -81,6 +81,9 @@ DAMAGE = [
     ("a.jsonl", b'{"a": 1}\n"text"\n', 2, "must be an object"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', 2, "not UTF-8 at byte 8"),
     ("a.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100_000 + b"\n", 2, "invalid JSON"),
+    ("a.jsonl", b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}\n", 2, "invalid JSON"),
+    ("a.json", b'[{"a": 1}, {"a": ' + b"1" * 5000 + b"}]", 2, "invalid JSON"),
+    ("a.json", b'[{"a": 1}, ' + b"[" * 100_000, 2, "invalid JSON"),
     ("a.json", b'[{"a": 1}, {"a": tru}]', 2, "invalid JSON"),
     ("a.json", b'[{"a": 1}, 5]', 2, "must be an object"),
     ("a.json", b'[{"a": 1}, {"a": 2', 2, "invalid JSON"),
@@ -105,7 +108,9 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "raw", "place", "words"), DAMAGE, ids=[f"{d[0]}-{d[3]}" for d in DAMAGE])
+@pytest.mark.parametrize(
+    ("name", "raw", "place", "words"), DAMAGE, ids=[f"{n}-{d[0]}-{d[3]}" for n, d in enumerate(DAMAGE)]
+)
 def test_damage_is_named_by_its_line(tmp_path, name, raw, place, words):
     (tmp_path / name).write_bytes(raw)
     bad = [i for i in read_items(tmp_path / name) if i.problem]

@@ -49,7 +49,10 @@ FILES = [
     ("gsm8k", "math/gsm8k_test.jsonl", 1319),
     ("gsm8k", "math/gsm8k_train.jsonl.gz", 7473),
     ("alpaca", "math/llm_adapters/addsub_test.jsonl", 395),
+    ("alpaca", "math/llm_adapters/aqua_test.jsonl", 254),
     ("alpaca", "math/llm_adapters/multiarith_test.jsonl", 600),
+    ("alpaca", "math/llm_adapters/singleeq_test.jsonl", 508),
+    ("alpaca", "math/llm_adapters/svamp_test.jsonl", 1000),
 ]
 
 

@@ -172,7 +172,9 @@ def test_no_rows_are_an_error(tmp_path):
 def test_numbers_in_csv_and_json(tmp_path):
     (tmp_path / "a.csv").write_text("query,label\nq,1\nq,2.0\nq,\n")
     (tmp_path / "b.csv").write_text("query,label\nq,1\nq,2.0\n")
-    write_lines(tmp_path / "a.jsonl", [{"query": "q", "label": v} for v in (1, "1", True, 1.5, 7, float("nan"))])
+    write_lines(
+        tmp_path / "a.jsonl", [{"query": "q", "label": v} for v in (1, "1", True, 1.5, 7, float("nan"), 10**400)]
+    )
     columns = {"query": Column(), "label": Column(kind="whole", low=0, high=2)}
     assert "a.csv line 4: column 'label' has no value" in bad(tmp_path / "a.csv", columns)
     assert read_rows(source(tmp_path / "b.csv"), columns).dataset["label"][:] == [1, 2]
@@ -184,6 +186,7 @@ def test_numbers_in_csv_and_json(tmp_path):
         (4, "1.5 is not a whole number"),
         (5, "7 is not between 0 and 2"),
         (6, "nan is no finite number"),
+        (7, "the number is too large"),
     ]:
         assert f"line {line}: column 'label': {words}" in message
 

@@ -112,6 +112,8 @@ def _is_unicode(text: str) -> bool:
 def _number(column: Column, name: str, value: Any) -> Read:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None, f"column {name!r}: a number is expected, found {type_name(value)}"
+    if isinstance(value, int) and abs(value) > 2**53:  # a float could not hold it
+        return None, f"column {name!r}: the number is too large"
     if not math.isfinite(value):
         return None, f"column {name!r}: {value} is no finite number"
     low, high = column.low, column.high

@@ -168,7 +168,7 @@ def _json_line(place: int, line: bytes) -> Item:
         return _as_row(place, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         return Item(place, problem=f"not UTF-8 at byte {error.start + 1} of the line")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         return Item(place, problem=f"invalid JSON: {error}")
 
 
@@ -234,7 +234,7 @@ def _json_array(path: Path) -> Iterator[Item]:
             place += 1
             try:
                 yield _as_row(place, window.value(), "row")
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield Item(place, "row", problem=f"invalid JSON, nothing can be read from here on ({_short(error)})")
                 return
             if window.next_sign() not in (",", "]"):
@@ -249,7 +249,7 @@ def _json_array(path: Path) -> Iterator[Item]:
 
 def _short(error: Exception) -> str:
     """A decoder's message without its place, which is one in the window."""
-    return error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _csv(path: Path) -> Iterator[Item]:
