@@ -17,6 +17,11 @@ from transformers import (
 )
 
 from corelora.recipe import Recipe, read_tree
+from corelora.train.folder import RunFolder
+from corelora.train.models import load_model_config
+from corelora.train.resume import Standing
+from corelora.train.run import Run, build_model, build_trainer, prepare
+from corelora.train.tasks import TASKS
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>", "[CLS]", "[SEP]"]
 CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
@@ -110,6 +115,19 @@ def make_recipe(folder: Path, **parts: Any) -> Recipe:
     assert not problems, problems
     assert recipe is not None
     return recipe
+
+
+def run_of(recipe: Recipe, output: Path) -> Run:
+    """What a run holds before its model."""
+    task = TASKS[recipe.task]
+    return prepare(recipe, load_model_config(recipe.model, **task.config_settings(recipe)), RunFolder(output))
+
+
+def trainer_of(recipe: Recipe, output: Path) -> Any:
+    """The Trainer of a run that has not begun."""
+    run = run_of(recipe, output)
+    run.folder.begin(recipe)
+    return build_trainer(run, build_model(run), Standing())
 
 
 def prepare_folder(folder: Path) -> Path:

@@ -11,8 +11,7 @@ from corelora.recipe.schema import OptimPart
 from corelora.train.arguments import training_arguments
 from corelora.train.models import load_model_config
 from corelora.train.optim import factor_groups, make_optimizer, parameter_groups, problems, rate_problems
-from corelora.train.run import build_model, build_trainer, prepare
-from train.helpers import make_recipe
+from train.helpers import make_recipe, trainer_of
 
 
 def tiny_bert(adapter):
@@ -74,9 +73,7 @@ def test_a_rate_for_nothing_is_an_error():
 def optimizer(folder, tmp_path, optim, method=None):
     """The optimizer that a run of this recipe makes."""
     recipe = make_recipe(folder, optim=optim, **({"method": method} if method else {}))
-    run = prepare(recipe, load_model_config(recipe.model), tmp_path)
-    trainer = build_trainer(run, build_model(run))
-    return trainer.create_optimizer()
+    return trainer_of(recipe, tmp_path).create_optimizer()
 
 
 def test_lora_plus_trains_b_faster(folder, tmp_path):

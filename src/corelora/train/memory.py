@@ -139,7 +139,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and bool(re.search("not enough memory|out of memory", str(error)))
+    return isinstance(error, RuntimeError) and bool(
+        re.search("not enough memory|out of memory|allocate memory", str(error))
+    )
 
 
 def _together(recipe: Recipe, tried: list[Any], where: tuple[PretrainedConfig, str, int]) -> list[Change]:

@@ -1,0 +1,121 @@
+"""Everything is checked before a weight is read: all mistakes at once, nothing loaded, nothing written."""
+
+import shutil
+
+import pytest
+
+from corelora.errors import CoreLoraError
+from corelora.train import dry_run
+from corelora.train.dry_run import check, plan
+from corelora.train.run import train
+from train.helpers import make_recipe, save_bert, write_rows
+
+
+@pytest.fixture
+def weightless(folder, tmp_path):
+    """The same folder with a model whose weights are gone."""
+    copied = tmp_path / "weightless"
+    shutil.copytree(folder, copied)
+    (copied / "model" / "model.safetensors").unlink()
+    return copied
+
+
+@pytest.mark.parametrize("name", ["nlora", "nora", "inttune", "peft:lora", "peft:pissa", "dora", "vera", "full"])
+def test_a_good_recipe_needs_no_weights(weightless, tmp_path, name):
+    method = {"name": name} | ({} if name == "full" else {"r": 4, "target_modules": ["q_proj"]})
+    text = plan(make_recipe(weightless, method=method), tmp_path / "out")
+    assert f"method    {name}" in text
+    assert "memory    about 0.0" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_simulated_is_said_so(weightless, tmp_path):
+    """LoHa's code looks at values; the rest of the plan stands."""
+    text = plan(make_recipe(weightless, method={"name": "loha", "r": 4, "target_modules": ["q_proj"]}), tmp_path)
+    assert "memory    memory can't be estimated" in text
+
+
+def test_trained_parameters_are_those_of_the_run(folder, tmp_path):
+    for name in ("nlora", "nora", "dora", "full"):
+        method = {"name": name} | ({} if name == "full" else {"r": 4, "target_modules": "all-linear"})
+        recipe = make_recipe(folder, method=method, loop={"steps": 1})
+        facts = check(recipe, tmp_path / name)
+        results = train(recipe, tmp_path / name)
+        assert facts.trained == results["trained_parameters"]
+        assert facts.parameters == results["parameters"]
+
+
+def test_all_mistakes_at_once(folder, tmp_path):
+    recipe = make_recipe(
+        folder,
+        method={"name": "nlra", "r": 4},
+        data={"form": "gsm9k", "train": {"path": str(folder / "trian.jsonl")}},
+        optim={"name": "adamv", "schedule": "cosin"},
+        model={"name": str(folder / "modle")},
+        loop={"precision": "float16"},
+    )
+    with pytest.raises(CoreLoraError) as caught:
+        check(recipe, tmp_path / "out")
+    message = str(caught.value)
+    for words in ("'nlora'", "'gsm8k'", "train.jsonl", "'adamw'", "'cosine'", "model.name: no model", "float16 needs"):
+        assert words in message, words
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"method": {"name": "nlora", "target_modules": ["q_prj"]}}, "q_prj"),
+        ({"method": {"name": "peft:lora", "target_modules": ["q_prj"]}}, "q_prj"),
+        ({"method": {"name": "nlora", "r": 40, "target_modules": "all-linear"}}, "r = 40 exceeds"),
+        ({"method": {"name": "inttune", "target_modules": "all-linear"}, "optim": {"rates": {"A": 2}}}, "Trained here"),
+        ({"optim": {"rates": {"head": 2}}}, "optim.rates.head: no parameter"),
+        ({"task": "instrct"}, "Did you mean 'instruct'"),
+        ({"task": "classify"}, "data.form"),
+        ({"model": {"name": "package:smolm2"}}, "Did you mean 'smollm2'"),
+        ({"model": {"start_from": "nowhere"}}, "no folder nowhere"),
+        ({"model": {"dtype": "bfloat16"}, "loop": {"precision": "float32"}}, "set model.dtype"),
+        ({"method": {"name": "full"}, "model": {"quantize": "4bit"}}, "quantised weights can't be trained"),
+        ({"data": {"columns": {"question": "qestion"}, "test": None}}, "qestion"),
+    ],
+)
+def test_single_mistakes(folder, tmp_path, parts, words):
+    with pytest.raises(CoreLoraError) as caught:
+        check(make_recipe(folder, **parts), tmp_path / "out")
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+
+
+def test_a_folder_that_cannot_be(folder, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CoreLoraError, match="is a file, so"):
+        check(make_recipe(folder), tmp_path / "file" / "run")
+
+
+def test_a_disk_without_room(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CoreLoraError, match=r"are free at .*lower loop.keep"):
+        check(make_recipe(folder), tmp_path / "run")
+
+
+def test_what_does_not_fit_is_said_with_what_would(folder, tmp_path, monkeypatch):
+    recipe = make_recipe(folder, loop={"batch_size": 64})
+    monkeypatch.setattr(dry_run, "room", lambda device: 12_000_000)
+    text = plan(recipe, tmp_path / "run")
+    assert "it won't fit" in text
+    assert "--set loop.batch_size=" in text
+
+
+def test_classify_knows_its_head(tmp_path):
+    """The head counts as trained, and has a rate of its own."""
+    save_bert(tmp_path / "model")
+    rows = [{"sentence": f"good {n}", "label": n % 2} for n in range(8)]
+    path = str(write_rows(tmp_path / "train.jsonl", rows))
+    data = {"train": {"path": path}, "test": None, "form": "sst2"}
+    method = {"name": "nlora", "r": 4, "target_modules": ["query", "value"]}
+    recipe = make_recipe(tmp_path, task="classify", data=data, method=method, optim={"rates": {"head": 10, "core": 2}})
+    facts = check(recipe, tmp_path / "run")
+    assert facts.config.num_labels == 2
+    factors = 2 * 2 * (2 * 32 * 4 + 4 * 4)
+    assert facts.trained == factors + 32 * 2 + 2

@@ -1,0 +1,116 @@
+"""Out of memory ends with changes that would fit, computed; the estimate follows the recipe."""
+
+import pytest
+import torch
+
+from corelora.errors import CoreLoraError
+from corelora.train import run as run_module
+from corelora.train.memory import changes_that_fit, explain, is_out_of_memory, step_memory
+from corelora.train.models import load_model_config
+from corelora.train.run import memory_advice, train
+from train.helpers import make_recipe, run_of
+
+
+def sizes(folder, **parts):
+    recipe = make_recipe(folder, **{"loop": {"batch_size": 64, **parts.pop("loop", {})}, **parts})
+    return recipe, load_model_config(recipe.model)
+
+
+def peak(folder, **parts):
+    return step_memory(*sizes(folder, **parts), "cpu").peak
+
+
+def test_the_estimate_follows_the_recipe(folder):
+    """Each change that should make a step smaller does."""
+    whole = peak(folder)
+    assert peak(folder, loop={"batch_size": 8}) < whole
+    assert peak(folder, loop={"checkpointing": True}) < whole
+    assert peak(folder, model={"dtype": "bfloat16"}) < whole
+    assert peak(folder, data={"max_length": 32}) < whole
+    full = {"name": "full"}
+    assert step_memory(*sizes(folder, method=full), "cpu").trained > step_memory(*sizes(folder), "cpu").trained
+    assert peak(folder, optim={"name": "sgd"}, method=full) < peak(folder, method=full)
+
+
+def test_quantised_weights_are_counted_smaller(folder):
+    plain = step_memory(*sizes(folder), "cpu").weights
+    eight = step_memory(*sizes(folder, model={"quantize": "8bit"}), "cpu").weights
+    four = step_memory(*sizes(folder, model={"quantize": "4bit"}), "cpu").weights
+    linear = 2 * (4 * 32 * 32 + 3 * 32 * 48)  # weights in linear layers, the output excepted
+    assert plain - eight == 3 * linear
+    assert plain - four == pytest.approx((4 - 4.127 / 8) * linear, abs=1)
+
+
+def test_changes_that_fit_come_largest_first(folder):
+    recipe, config = sizes(folder)
+    before = step_memory(recipe, config, "cpu").peak
+    found = changes_that_fit(recipe, config, "cpu", before - 1)
+    peaks = [c.peak for c in found]
+    assert peaks == sorted(peaks)
+    assert all(p < before for p in peaks)
+    settings = [c.settings for c in found]
+    assert ("loop.batch_size=1", "loop.accumulate=64") in settings
+    assert ("loop.checkpointing=true",) in settings
+    assert ("model.dtype=bfloat16",) in settings
+    for change in found:  # each is true: made, it gives that peak
+        if change.settings[0].startswith("loop.batch_size"):
+            batch, accumulate = (int(s.partition("=")[2]) for s in change.settings)
+            assert batch * accumulate == 64
+            assert peak(folder, loop={"batch_size": batch, "accumulate": accumulate}) == change.peak
+
+
+def test_where_one_is_not_enough_they_are_put_together(folder):
+    recipe, config = sizes(folder)
+    alone = changes_that_fit(recipe, config, "cpu", 10**12)[0].peak
+    [change] = changes_that_fit(recipe, config, "cpu", alone - 1)
+    assert len(change.settings) > 2
+    assert change.peak < alone
+    keys = [s.partition("=")[0] for s in change.settings]
+    assert len(keys) == len(set(keys))
+    assert changes_that_fit(recipe, config, "cpu", 1000) == []
+
+
+def test_the_message(folder):
+    recipe, config = sizes(folder)
+    text = explain(recipe, config, "cpu", step_memory(recipe, config, "cpu").peak - 1)
+    assert text.startswith("out of memory: this recipe takes about 0.0")
+    assert "\n  - --set " in text
+    assert "use a smaller model" in explain(recipe, config, "cpu", 1000)
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), True),
+        (RuntimeError("shapes don't match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, wanted):
+    assert is_out_of_memory(error) is wanted
+
+
+def test_a_run_out_of_memory_ends_with_advice(folder, tmp_path, monkeypatch):
+    """A step that really asks for more than there is."""
+    recipe, _ = sizes(folder, loop={"steps": 2})
+    real = run_module.build_model
+
+    def greedy(run):
+        model = real(run)
+        model.get_submodule("base_model.model.lm_head").register_forward_hook(lambda *args: torch.empty(2**60))
+        return model
+
+    monkeypatch.setattr(run_module, "build_model", greedy)
+    monkeypatch.setattr("corelora.train.memory.room", lambda device: 20_000_000)
+    with pytest.raises(CoreLoraError, match=r"(?s)^out of memory.*What would fit.*--set loop.batch_size=1 "):
+        train(recipe, tmp_path)
+
+
+def test_other_errors_pass(folder, tmp_path):
+    recipe = make_recipe(folder)
+    run = run_of(recipe, tmp_path)
+    with pytest.raises(RuntimeError, match="something else"), memory_advice(run):
+        raise RuntimeError("something else")
