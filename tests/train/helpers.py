@@ -70,6 +70,8 @@ def save_bert(folder: Path) -> Path:
         intermediate_size=48,
         max_position_embeddings=128,
         pad_token_id=0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     return folder

@@ -154,6 +154,7 @@ def build_model(run: Run) -> Any:
     recipe, part = run.recipe, run.recipe.model
     full = recipe.method["name"] == "full"
     source = str(weights_folder(part.start_from, full=True)) if full and part.start_from else None
+    set_seed(recipe.loop.seed)  # a new head is drawn while loading
     model = load_model(part, run.config, run.task.auto_class, recipe.loop.checkpointing, source)
     if run.config.pad_token_id is None:
         model.config.pad_token_id = run.tokenizer.pad_token_id  # a classifier looks for the last token before it
@@ -163,7 +164,7 @@ def build_model(run: Run) -> Any:
         method["stats"] = collect(run, model)
     heads = head_names(model) if run.task.has_head else []
     config = adapter_config(method, run.task.task_type, heads, run.steps)
-    set_seed(recipe.loop.seed)  # starts depend on the seed alone, not on what was drawn while loading
+    set_seed(recipe.loop.seed)  # starts depend on the seed alone, not on what was drawn so far
     return model if config is None else adapted(run, model, config)
 
 

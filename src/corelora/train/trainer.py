@@ -85,7 +85,16 @@ class ReplyTrainer(RunTrainer):
 
 
 class LabelTrainer(RunTrainer):
-    """Classifiers: predictions of all rows are measured at once, so no mean of batch means is reported."""
+    """Classifiers: predictions of all rows are measured at once, so no mean of batch means is reported.
+
+    Their loss is a mean over the rows of one batch, whatever arguments their forward takes. Trainer believes otherwise
+    of some (transformers 5.23: BERT), and then neither divides by accumulated batches nor leaves out the factor for
+    several devices.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = False
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
