@@ -1,0 +1,1 @@
+"""Evaluation: suites, answer readers, code run safely, results."""
