@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PretrainedConfig, TrainingArguments
 
 from corelora.recipe import Recipe
@@ -73,6 +74,7 @@ def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -
         train_sampling_strategy="random" if recipe.data.shuffle else "sequential",
         remove_unused_columns=False,  # the collators take what they need
         include_num_input_tokens_seen="all" if recipe.data.packing else "non_padding",
+        use_cpu=PartialState().device.type == "cpu",  # or else it refuses bfloat16 there
         disable_tqdm=True,  # our own bar shows more
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
