@@ -53,7 +53,7 @@ def test_parquet_gives_the_same_rows(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 64, 1000])
 def test_an_array_is_read_through_a_window_of_any_size(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(files, "CHUNK", chunk)
-    rows = [{"n": n, "x": [-1.5e-3, True, None, "\\u00e9\\n"], "deep": {"a": {"b": "]"}}} for n in range(5)]
+    rows = [{"n": n, "x": [-1.5e-3, True, None, "\\u00e9\\n"], "deep": {"a": {"b": "]" * 70}}} for n in range(5)]
     for text in (json.dumps(rows), json.dumps(rows, indent=4), " [ ] ", "[]"):
         path = tmp_path / "rows.json"
         path.write_text(text)
