@@ -15,11 +15,12 @@ from corelora.bench import peers
 from corelora.bench.measure import Device, Spread
 from corelora.bench.peers import BASE, PEERS, Ranks, find_peer, fuse_projections, lora_config
 from corelora.bench.published import START_SECONDS, TRAINING_SECONDS, published_ratio
-from corelora.bench.shapes import random_model, shape_config, twin
+from corelora.bench.shapes import random_model, shape_config
 from corelora.bench.step import StepBench, StepRequest, Variant
 from corelora.cli import main
 from corelora.commands.bench import names_of
 from corelora.errors import CoreLoraError
+from corelora.exportcheck import shared_copy
 from corelora.registry import METHODS
 
 SMALL = {"model": "tiny", "batches": (2,), "length": 8, "r": 4, "k": 2, "dtype": "float32", "device": "cpu"}
@@ -80,7 +81,7 @@ def test_a_twin_shares_weights_and_nothing_else():
     model = random_model(shape_config("tiny"), "cpu", torch.float32)
     ids = torch.arange(6)[None]
     before = model(ids).logits
-    other = twin(model)
+    other = shared_copy(model)
     adapted = get_peft_model(other, lora_config(Ranks(r=2, k=1), init_lora_weights=False))
     assert torch.equal(model(ids).logits, before)
     assert not torch.allclose(adapted(ids).logits, before)
@@ -187,7 +188,7 @@ def test_unsloths_functions_are_wired_to_the_right_projections():
     """With functions that compute what they replace, a layer that is wired to them gives PEFT's own logits."""
     model = random_model(shape_config("tiny"), "cpu", torch.float32)
     config = lora_config(Ranks(r=2, k=1), init_lora_weights=False)
-    adapted = get_peft_model(twin(model), config)
+    adapted = get_peft_model(shared_copy(model), config)
     ids = torch.arange(12).view(2, 6)
     expected = adapted(ids).logits
     calls = []

@@ -7,8 +7,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -17,28 +17,46 @@ import transformers
 import corelora
 
 GIB = 2**30
+Emit = Callable[[dict[str, Any]], None]  # takes one line of results as soon as it is known
+
+
+class Bench(Protocol):
+    """What all benches have in common.
+
+    Attributes:
+        left_out: why something that was asked for is not measured, by its name.
+    """
+
+    left_out: dict[str, str]
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked for and on which machine: the first line of a file of results."""
+
+    def run(self, emit: Emit) -> list[dict[str, Any]]:
+        """Measure everything: `emit` takes each visit as soon as it is over, the results are returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of measurements in milliseconds, and where the middle 80 % of them lie."""
+    """The median of measurements, and where the middle 80 % of them lie."""
 
-    ms: float
+    median: float
     p10: float
     p90: float
     n: int
 
     @classmethod
     def of(cls, times: Sequence[float]) -> Spread:
-        """The spread of at least one measurement, in milliseconds."""
+        """The spread of at least one measurement."""
         row = sorted(times)
         tenth = len(row) // 10
         return cls(statistics.median(row), row[tenth], row[-1 - tenth], len(row))
 
-    def rounded(self) -> dict[str, float]:
-        """As plain numbers, to the microsecond below 10 ms and to a hundredth of a millisecond above."""
-        digits = 3 if self.ms < 10 else 2
-        return {k: v if k == "n" else round(v, digits) for k, v in asdict(self).items()}
+    def as_milliseconds(self) -> dict[str, float]:
+        """As plain numbers: to the microsecond below 10 ms, to a hundredth of a millisecond above."""
+        digits = 3 if self.median < 10 else 2
+        numbers = {"ms": self.median, "p10": self.p10, "p90": self.p90}
+        return {**{k: round(v, digits) for k, v in numbers.items()}, "n": self.n}
 
 
 class Device:
@@ -91,9 +109,9 @@ class Device:
         return torch.cuda.max_memory_allocated() / GIB if self.is_gpu else None
 
     def tidy(self) -> None:
-        """Give back what nobody holds."""
-        gc.collect()
+        """Give back GPU memory that nobody holds; a CPU's is returned by itself."""
         if self.is_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def describe(self) -> dict[str, Any]:

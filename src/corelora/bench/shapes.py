@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
 
 from corelora.errors import CoreLoraError, unknown_name
@@ -99,13 +98,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def twin(model: nn.Module) -> Any:
-    """A copy of a model's modules around the same weights: adapting one leaves the other plain.
-
-    Parameters and buffers are shared, nothing is copied but Python objects, so that ten variants of a 7B model fit
-    where one does.
-    """
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)

@@ -1,6 +1,6 @@
 """Time and memory of a training step, side by side: `corelora bench step`.
 
-All variants live in one process around one frozen model (shapes.twin) and are visited in interleaved rounds, so that a
+All variants live in one process around one frozen model and are visited in interleaved rounds, so that a
 drift of the machine's clock falls on all of them. What a variant trains waits on the CPU between its visits, so that
 peak memory is that of one variant alone. Ratios are to the frozen base that passes gradients to its input, in the same
 run.
@@ -18,18 +18,18 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from corelora.bench.measure import Device, Spread
+from corelora.bench.measure import Device, Emit, Spread
 from corelora.bench.peers import BASE, Peer, Ranks, find_peer
 from corelora.bench.published import TRAINING_SECONDS, published_ratio
-from corelora.bench.shapes import DTYPES, random_model, shape_config, twin
+from corelora.bench.shapes import DTYPES, random_model, shape_config
 from corelora.errors import CoreLoraError, raise_all, unknown_name
+from corelora.exportcheck import shared_copy
 from corelora.tuner_layer import CoreLoraLayer
 
 _OTHERS = ("peft_lora", "peft_lora_fp32", "peft_dora", "liger")
 DEFAULT_NAMES = (BASE, *_OTHERS, "inttune", "nora", "lora", "slora", "nlora")
 MODES = {"off": (False,), "on": (True,), "both": (False, True)}
 RATE = 1e-5
-Emit = Callable[[dict[str, Any]], None]
 Cell = tuple[str, bool, int]  # name, compiled, batch
 
 
@@ -176,7 +176,7 @@ class StepBench:
             self.left_out[name] = missing
             return None
         try:
-            adapted = peer.adapt(twin(self.base), Ranks(r=request.r, k=request.k))
+            adapted = peer.adapt(shared_copy(self.base), Ranks(r=request.r, k=request.k))
         except (CoreLoraError, ValueError) as error:
             self.left_out[name] = str(error)
             return None
@@ -209,7 +209,7 @@ class StepBench:
         bar = tqdm(visits, desc="measuring", unit="visit", delay=2, leave=False)
         with bar, _many_compiled(self.request.compile):
             for turn, batch, variant in bar:
-                bar.set_postfix_str(f"{variant.name}, batch {batch}")
+                bar.set_postfix_str(f"{variant.name}, batch {batch}", refresh=False)
                 seen = self._visit(variant, batch)
                 if seen is not None:
                     emit({"kind": "visit", "round": turn, **seen})
@@ -259,7 +259,7 @@ class StepBench:
                 "title": variant.peer.title,
                 "compiled": compiled,
                 "batch": batch,
-                **spread.rounded(),
+                **spread.as_milliseconds(),
                 "ratio": self._over(spread, (BASE, compiled, batch)),
                 "over_peft_lora": self._over(spread, ("peft_lora", compiled, batch)),
                 "published_over_lora": published_ratio(TRAINING_SECONDS, name),
@@ -272,7 +272,7 @@ class StepBench:
         return found
 
     def _over(self, spread: Spread, other: Cell) -> float | None:
-        return spread.ms / Spread.of(self.times[other]).ms if other in self.times else None
+        return spread.median / Spread.of(self.times[other]).median if other in self.times else None
 
     def _gib_over_base(self, cell: Cell) -> float | None:
         own, base = self.peaks.get(cell), self.peaks.get((BASE, *cell[1:]))

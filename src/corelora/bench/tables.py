@@ -60,3 +60,53 @@ def _step_cells(rows: list[dict[str, Any]], compiled: bool) -> tuple[list[str], 
         for row in rows
     ]
     return headers + (["graph breaks"] if compiled else []), cells
+
+
+def start_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> list[Table]:
+    """Seconds to start each method, and what its decompositions keep."""
+    rows = list(results)
+    what = f"get_peft_model on {shape_of(run['request'])}, {run['weights']} weights; {machine(run)}"
+    headers = ["", "seconds", "p10 to p90", "modules", "values", "to PEFT LoRA", "published"]
+    starts = [
+        [
+            row["title"],
+            number(row["seconds"], 3),
+            f"{number(row['p10'], 3)} to {number(row['p90'], 3)}",
+            number(row["modules"], 3),
+            number(row["values"], 3),
+            percent(row["over_peft_lora"]),
+            percent(row["published_over_lora"]),
+        ]
+        for row in rows
+        if row["kind"] == "result"
+    ]
+    found = [(what, headers, starts)]
+    solved = [row for row in rows if row["kind"] == "decomposition"]
+    if solved:
+        found.append(("decompositions of the whole model", *_decomposition_cells(solved)))
+    return found
+
+
+def _decomposition_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    headers = ["", "solver", "seconds", "same again", "energy of exact, %", "worst layer, %"]
+    cells = []
+    for row in rows:
+        shares = [None if share is None else 100 * share for share in (row.get("energy"), row.get("worst_layer"))]
+        same = "yes" if row["same_again"] else "no"
+        cells.append([row["title"], row["solver"], number(row["seconds"]), same, *(number(s, 4) for s in shares)])
+    return headers, cells
+
+
+def serve_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> list[Table]:
+    """Prefill and decode side by side."""
+    rows, request = list(results), run["request"]
+    what = f"forward passes of {shape_of(request)}, batch {request['batch']}; {machine(run)}"
+    phases = {phase: {r["name"]: r for r in rows if r["phase"] == phase} for phase in ("prefill", "decode")}
+    headers = ["", f"prefill of {request['length']} tokens, ms", "p10 to p90", "times base"]
+    headers += ["one token more, ms", "p10 to p90", "times base"]
+    cells = []
+    for name, first in phases["prefill"].items():
+        pair = (first, phases["decode"][name])
+        figures = [(number(r["ms"]), f"{number(r['p10'])} to {number(r['p90'])}", number(r["ratio"], 3)) for r in pair]
+        cells.append([first["title"], *figures[0], *figures[1]])
+    return [(what, headers, cells)]

@@ -9,22 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from corelora.bench.measure import Bench, Emit
+from corelora.bench.serve import DEFAULT_NAMES as SERVE_NAMES
+from corelora.bench.serve import ServeBench, ServeRequest
 from corelora.bench.shapes import DTYPES, SHAPES
-from corelora.bench.step import DEFAULT_NAMES, MODES, Emit, StepBench, StepRequest
-from corelora.bench.tables import Table, step_tables
+from corelora.bench.starts import DEFAULT_NAMES as START_NAMES
+from corelora.bench.starts import StartBench, StartRequest
+from corelora.bench.step import DEFAULT_NAMES, MODES, StepBench, StepRequest
+from corelora.bench.tables import Table, serve_tables, start_tables, step_tables
 from corelora.commands.output import table
 from corelora.registry import METHODS
 
 HELP = "time and memory of adapters on this machine, side by side"
-NAMES_HELP = (
-    "peers and methods with commas between; METHOD:reference is its path in plain modules; all-methods for both"
-)
+NAMES_HELP = "peers and methods, commas between; METHOD:reference is its path in plain modules, all-methods all of both"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments, a subcommand for each thing that is measured."""
+    parser.epilog = "`corelora bench WHAT --help` has the options of each; all take --json FILE."
     benches = parser.add_subparsers(metavar="WHAT", required=True)
     _add_step(benches.add_parser("step", help="one training step: time and peak memory"))
+    _add_serve(benches.add_parser("serve", help="forward passes: a prefill, and one token more"))
+    _add_init(benches.add_parser("init", help="get_peft_model: seconds, and what decompositions keep"))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     return arguments.bench(arguments)
 
 
-def _add_shapes(parser: argparse.ArgumentParser, model: str, names: tuple[str, ...]) -> None:
+def _add_shapes(parser: argparse.ArgumentParser, model: str, names: tuple[str, ...], rounds: int = 2) -> None:
     add = parser.add_argument
     shapes = ", ".join(SHAPES)
     add("--model", default=model, help=f"{shapes}, a model's folder or config.json (%(default)s)")
@@ -46,9 +52,9 @@ def _add_shapes(parser: argparse.ArgumentParser, model: str, names: tuple[str, .
     add("--inner-rank", type=int, metavar="K", help="inner rank of nested cores (a quarter of R)")
     add("--dtype", default="bfloat16", choices=list(DTYPES), help="of the base and the adapters (%(default)s)")
     add("--device", choices=("cuda", "cpu"), help="where to measure (the GPU where there is one)")
-    add("--rounds", type=int, default=2, help="visits of each variant, in turn (%(default)s)")
+    add("--rounds", type=int, default=rounds, help="visits of each variant, in turn (%(default)s)")
     add("--json", metavar="FILE", help="write JSON lines: the run, each visit, each result")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
@@ -64,33 +70,65 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 
 
 def _step(arguments: argparse.Namespace) -> int:
-    request = StepRequest(
-        names=names_of(arguments.methods),
-        model=arguments.model,
-        layers=arguments.layers,
-        batches=tuple(arguments.batch),
-        length=arguments.length,
-        r=arguments.rank,
-        k=_inner(arguments),
-        dtype=arguments.dtype,
-        checkpointing=arguments.checkpointing,
-        compile=arguments.compile,
-        rounds=arguments.rounds,
-        steps=arguments.steps,
-        warmup=arguments.warmup,
-        device=arguments.device,
+    own = {key: getattr(arguments, key) for key in ("length", "checkpointing", "compile", "steps", "warmup")}
+    bench = StepBench(StepRequest(**_common(arguments), batches=tuple(arguments.batch), **own))
+    results = _measured(bench, arguments.json)
+    _print(step_tables(results, bench.describe()))
+    _finish(bench.left_out, "docs/cost.md says what the columns mean and what arithmetic allows.")
+    return 0
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    _add_shapes(parser, "llama-2-7b", START_NAMES, rounds=5)
+    parser.add_argument(
+        "--energy", action="store_true", help="compare decompositions with exact ones, which takes long"
     )
-    bench = StepBench(request)
-    with _lines(arguments.json) as emit:
+    parser.set_defaults(bench=_init)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    bench = StartBench(StartRequest(**_common(arguments), energy=arguments.energy))
+    results = _measured(bench, arguments.json)
+    _print(start_tables(results, bench.describe()))
+    _finish(bench.left_out, "`corelora bench step` measures what a step costs once it has started.")
+    return 0
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_shapes(parser, "llama-2-7b", SERVE_NAMES)
+    add = parser.add_argument
+    add("--batch", type=int, default=1, help="sequences served together (%(default)s)")
+    add("--length", type=int, default=512, help="tokens of the prefill (%(default)s)")
+    add("--steps", type=int, default=20, help="timed passes in a visit (%(default)s)")
+    add("--warmup", type=int, default=3, help="passes before them (%(default)s)")
+    parser.set_defaults(bench=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    own = {key: getattr(arguments, key) for key in ("batch", "length", "steps", "warmup")}
+    bench = ServeBench(ServeRequest(**_common(arguments), **own))
+    results = _measured(bench, arguments.json)
+    _print(serve_tables(results, bench.describe()))
+    _finish(bench.left_out, "`corelora merge` and `corelora export` make what costs nothing or serves anywhere.")
+    return 0
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What every bench is asked for."""
+    same = {key: getattr(arguments, key) for key in ("model", "layers", "dtype", "rounds", "device")}
+    inner = max(1, arguments.rank // 4) if arguments.inner_rank is None else arguments.inner_rank
+    return {**same, "names": names_of(arguments.methods), "r": arguments.rank, "k": inner}
+
+
+def _measured(bench: Bench, path: str | None) -> list[dict[str, Any]]:
+    """Run a bench; its lines are printed as they come and, with a path, written to that file too."""
+    with _lines(path) as emit:
         emit(bench.describe())
         results = bench.run(emit)
         for result in results:
             emit(result)
-        left_out = bench.left_out
-        emit({"kind": "left out", "reasons": left_out})
-    _print(step_tables(results, bench.describe()))
-    _finish(left_out, "docs/cost.md says what the columns mean and what arithmetic allows.")
-    return 0
+        emit({"kind": "left out", "reasons": bench.left_out})
+    return results
 
 
 def names_of(given: str) -> tuple[str, ...]:
@@ -102,10 +140,6 @@ def names_of(given: str) -> tuple[str, ...]:
         elif name:
             names.append(name)
     return tuple(names)
-
-
-def _inner(arguments: argparse.Namespace) -> int:
-    return max(1, arguments.rank // 4) if arguments.inner_rank is None else arguments.inner_rank
 
 
 @contextmanager
