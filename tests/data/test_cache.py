@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_another_machine_may_be_faster(cache):
     folder = made_once("rows", "k", make)
     assert (folder / "file").read_text() == "the other's"
     assert os.listdir(folder.parent) == ["k"]
+
+
+def test_what_killed_processes_left_is_swept_after_a_week(cache):
+    for name, days in (("old", 8), ("young", 6)):
+        left = folder_of(cache, f".making-{name}")
+        left.mkdir(parents=True)
+        fill(left)
+        os.utime(left, (time.time() - days * 24 * 3600,) * 2)
+    made_once("rows", "k", fill)
+    assert sorted(os.listdir(folder_of(cache, "k").parent)) == [".making-young", "k"]
 
 
 def test_a_full_disk_is_one_sentence(cache):

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from corelora.errors import CoreLoraError
 from corelora.run.models import cache_root
 
 FORMAT = 1  # of everything that is kept here; part of each key
+ABANDONED = 7 * 24 * 3600  # seconds since a half-made folder last got a file
 
 
 def key_of(*parts: Any) -> str:
@@ -57,6 +60,7 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
         make(temporary)
         _move(temporary, folder)
@@ -69,6 +73,14 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left half made; a folder that somebody still fills is younger."""
+    for left in folder.glob(".making-*"):
+        with suppress(FileNotFoundError):  # whoever fills it is done just now
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _move(temporary: Path, folder: Path) -> None:
