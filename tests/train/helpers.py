@@ -50,10 +50,9 @@ def save_llama(folder: Path, **sizes: Any) -> Path:
     save_tokenizer(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"num_hidden_layers": 2, **sizes}
     vocabulary = len(SPECIAL) + len(CHARACTERS)
-    config = LlamaConfig(
-        vocab_size=vocabulary, num_hidden_layers=2, eos_token_id=1, pad_token_id=0, bos_token_id=2, **{**shape, **sizes}
-    )
+    config = LlamaConfig(vocab_size=vocabulary, eos_token_id=1, pad_token_id=0, bos_token_id=2, **shape)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

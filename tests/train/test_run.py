@@ -8,7 +8,6 @@ import yaml
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from train.helpers import make_recipe, run_of, sums, trainer_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corelora.data.collate import ReplyCollator
@@ -17,6 +16,7 @@ from corelora.recipe import Recipe, read_tree
 from corelora.train.run import build_model, train
 from corelora.train.tasks import TASKS, Rows, Task
 from corelora.train.trainer import ReplyTrainer
+from train.helpers import make_recipe, run_of, sums, trainer_of, write_rows
 
 
 class Plain(Task):

@@ -1,0 +1,68 @@
+"""`corelora train` as a user types it."""
+
+import json
+
+import pytest
+import yaml
+
+from corelora.cli import main
+from corelora.recipe.tree import as_data
+from train.helpers import make_recipe
+
+
+@pytest.fixture
+def recipe_file(folder, tmp_path):
+    path = tmp_path / "sums.yaml"
+    path.write_text(yaml.safe_dump(as_data(make_recipe(folder))))
+    return path
+
+
+def test_a_recipe_is_trained(recipe_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", str(recipe_file), "--output", str(out), "--set", "loop.steps=2", "--set", "method.r=2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 steps, training loss")
+    assert f"corelora evaluate {out}" in said
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["method"]["r"] == 2
+
+
+def test_json(recipe_file, tmp_path, capsys):
+    assert main(["train", str(recipe_file), "--output", str(tmp_path / "run"), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results == json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_a_dry_run_writes_nothing(recipe_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", str(recipe_file), "--output", str(out), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing is wrong. Next: corelora train" in said
+    assert "method    nlora" in said
+    assert yaml.safe_load(said.split("\nmodel     ")[0])["loop"]["steps"] == 6
+    assert not out.exists()
+
+
+def test_the_folder_has_the_recipes_name(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(recipe_file), "--set", "loop.steps=1"]) == 0
+    assert (tmp_path / "runs" / "sums" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--set", "optim.lrr=1"], "Did you mean 'lr'"),
+        (["--set", "method.name=nlra"], "Did you mean 'nlora'"),
+        (["--set", "loop.steps=0"], "steps must be at least 1"),
+    ],
+)
+def test_mistakes_end_with_2(recipe_file, tmp_path, capsys, words, said):
+    assert main(["train", str(recipe_file), "--output", str(tmp_path / "run"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_a_missing_package_says_how_to_install(recipe_file, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "corelora.train.run", None)
+    assert main(["train", str(recipe_file)]) == 2
+    assert "pip install corelora[train]" in capsys.readouterr().err
