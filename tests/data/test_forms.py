@@ -6,7 +6,7 @@ from corelora.data.columns import Column
 from corelora.data.forms import FORMS, fitting_forms
 from corelora.data.prompts import PROMPTS, Piece
 from corelora.errors import CoreLoraError
-from data.conftest import byte_tokenizer
+from data.conftest import CHATML, byte_tokenizer
 
 PAIRS = {
     "metamath": ("query", "response"),
@@ -160,6 +160,22 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     assert len(PROMPTS["chat"].pieces(TURNS[1:3], tokenizer)) == 2
     with pytest.raises(CoreLoraError, match="rewrites earlier turns"):
         PROMPTS["chat"].pieces(TURNS[1:], tokenizer)
+
+
+def test_a_template_that_opens_a_reply_otherwise_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")
+    with pytest.raises(CoreLoraError, match="opens a reply in another way than it writes one"):
+        PROMPTS["chat"].pieces(TURNS[1:3], tokenizer)
+
+
+def test_a_template_may_trim_replies_and_end_them_with_a_token_of_its_own():
+    """As Llama 3's and Gemma's, whose stop token is not the tokenizer's end token."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | trim")
+    turns = [QUESTION[0], {"role": "assistant", "content": "\n 3 \n"}]
+    assert tokenizer.eos_token == "<|stop|>"
+    assert PROMPTS["chat"].pieces(turns, tokenizer)[-1] == Piece("3<|end|>", True)
 
 
 def test_a_template_without_a_stop_token_is_refused():

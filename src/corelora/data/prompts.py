@@ -123,8 +123,8 @@ class Chat(Prompt):
         """All turns; each reply up to its stop token is trained, as generation would write it.
 
         Raises:
-            CoreLoraError: the template does not write a conversation turn by turn (it changes what it wrote before),
-                or ends a reply without a stop token.
+            CoreLoraError: the template changes what it wrote before, opens a reply in another way than it writes it,
+                or ends one without a stop token.
         """
         made, done = [], ""
         for n, message in enumerate(messages):
@@ -132,11 +132,10 @@ class Chat(Prompt):
                 continue
             opening = self.question(messages[:n], tokenizer)
             whole = _render(messages[: n + 1], tokenizer, add_generation_prompt=False)
-            if not (opening.startswith(done) and whole.startswith(opening)):
-                raise CoreLoraError(
-                    "the chat template rewrites earlier turns as a conversation grows, so what a model would see "
-                    "before each reply cannot be told; use rows of one question and one reply, or prompt 'paper'"
-                )
+            if not opening.startswith(done):
+                raise CoreLoraError(REWRITES)
+            if not whole.startswith(opening):
+                raise CoreLoraError(OPENS_OTHERWISE)
             reply = whole[len(opening) :]
             end = _stop_at(reply, message["content"], tokenizer)
             made += [Piece(opening[len(done) :], False), Piece(reply[:end], True)]
@@ -145,6 +144,15 @@ class Chat(Prompt):
 
 
 PROMPTS.add("chat", Chat())
+
+REWRITES = (
+    "the chat template rewrites earlier turns as a conversation grows, so what a model would see before each reply "
+    "cannot be told; use rows of one question and one reply, or prompt 'paper'"
+)
+OPENS_OTHERWISE = (
+    "the chat template opens a reply in another way than it writes one (some put thoughts in between), so a trained "
+    "reply would not be what generation goes on from; use another chat template, or prompt 'paper'"
+)
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool) -> str:
