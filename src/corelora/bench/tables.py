@@ -110,3 +110,18 @@ def serve_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> list
         figures = [(number(r["ms"]), f"{number(r['p10'])} to {number(r['p90'])}", number(r["ratio"], 3)) for r in pair]
         cells.append([first["title"], *figures[0], *figures[1]])
     return [(what, headers, cells)]
+
+
+def layers_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> list[Table]:
+    """Fused over plain, one table a pass: methods and types down, numbers of tokens across."""
+    rows, request = list(results), run["request"]
+    tokens = sorted({r["tokens"] for r in rows})
+    what = f"fused path over plain modules, geometric mean over {', '.join(run['shapes'])}, r = {request['r']}, "
+    what += f"k = {request['k']}; {machine(run)}"
+    found = []
+    for which in dict.fromkeys(r["pass"] for r in rows):
+        of_pass = {(r["title"], r["dtype"], r["tokens"]): r["mean"] for r in rows if r["pass"] == which}
+        lines = dict.fromkeys((title, dtype) for title, dtype, _ in of_pass)
+        cells = [[title, dtype, *(number(of_pass[title, dtype, t], 3) for t in tokens)] for title, dtype in lines]
+        found.append((f"{what}; {which}", ["", "type", *(f"{t} tokens" for t in tokens)], cells))
+    return found

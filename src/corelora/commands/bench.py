@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from corelora.bench.layers import DEFAULT_NAMES as LAYER_NAMES
+from corelora.bench.layers import PASSES, LayersBench, LayersRequest, overall
 from corelora.bench.measure import Bench, Emit
 from corelora.bench.serve import DEFAULT_NAMES as SERVE_NAMES
 from corelora.bench.serve import ServeBench, ServeRequest
@@ -16,7 +18,7 @@ from corelora.bench.shapes import DTYPES, SHAPES
 from corelora.bench.starts import DEFAULT_NAMES as START_NAMES
 from corelora.bench.starts import StartBench, StartRequest
 from corelora.bench.step import DEFAULT_NAMES, MODES, StepBench, StepRequest
-from corelora.bench.tables import Table, serve_tables, start_tables, step_tables
+from corelora.bench.tables import Table, layers_tables, number, serve_tables, start_tables, step_tables
 from corelora.commands.output import table
 from corelora.registry import METHODS
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(metavar="WHAT", required=True)
     _add_step(benches.add_parser("step", help="one training step: time and peak memory"))
     _add_serve(benches.add_parser("serve", help="forward passes: a prefill, and one token more"))
+    _add_layers(benches.add_parser("layers", help="the fused path against plain modules, layer by layer"))
     _add_init(benches.add_parser("init", help="get_peft_model: seconds, and what decompositions keep"))
 
 
@@ -113,11 +116,43 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_layers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="smollm2", help=f"{', '.join(SHAPES)}, a model's folder or config.json (%(default)s)")
+    add("--methods", default=",".join(LAYER_NAMES), metavar="NAMES", help="methods, commas between (%(default)s)")
+    add("--rank", type=int, default=128, metavar="R", help="outer rank (%(default)s)")
+    add("--inner-rank", type=int, metavar="K", help="inner rank of nested cores (a quarter of R)")
+    add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES), help="of the layers")
+    add("--tokens", type=int, nargs="+", default=[1, 64, 512], help="rows of the input (%(default)s)")
+    add("--device", choices=("cuda", "cpu"), help="where to measure (the GPU where there is one)")
+    add("--rounds", type=int, default=2, help="how often the whole is gone through (%(default)s)")
+    add("--steps", type=int, default=10, help="timed passes of each path in a round (%(default)s)")
+    add("--json", metavar="FILE", help="write JSON lines: the run, each visit, each result")
+    add("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    parser.set_defaults(bench=_layers)
+
+
+def _layers(arguments: argparse.Namespace) -> int:
+    same = {key: getattr(arguments, key) for key in ("model", "rounds", "steps", "device")}
+    ranks = {"r": arguments.rank, "k": _inner(arguments), "names": names_of(arguments.methods)}
+    request = LayersRequest(**same, **ranks, dtypes=tuple(arguments.dtype), tokens=tuple(arguments.tokens))
+    bench = LayersBench(request)
+    results = _measured(bench, arguments.json)
+    _print(layers_tables(results, bench.describe()))
+    for which in PASSES:
+        print(f"all together, {which}: {number(overall(results, which), 3)}")
+    _finish(bench.left_out, "below 1 the fused path is the faster one; it is on by default on a GPU.")
+    return 0
+
+
+def _inner(arguments: argparse.Namespace) -> int:
+    return max(1, arguments.rank // 4) if arguments.inner_rank is None else arguments.inner_rank
+
+
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     """What every bench is asked for."""
     same = {key: getattr(arguments, key) for key in ("model", "layers", "dtype", "rounds", "device")}
-    inner = max(1, arguments.rank // 4) if arguments.inner_rank is None else arguments.inner_rank
-    return {**same, "names": names_of(arguments.methods), "r": arguments.rank, "k": inner}
+    return {**same, "names": names_of(arguments.methods), "r": arguments.rank, "k": _inner(arguments)}
 
 
 def _measured(bench: Bench, path: str | None) -> list[dict[str, Any]]:
