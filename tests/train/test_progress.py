@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
+from corelora.errors import CoreLoraError
+from corelora.train.dry_run import check
 from corelora.train.plots import loss_curve
 from corelora.train.progress import ProgressBar, metrics_row, read_metrics
 from corelora.train.run import train
@@ -75,6 +78,21 @@ def test_long_samples_lose_their_middle():
     text = shortened("a" * 1000 + "b" * 1000, 100)
     assert text == "a" * 50 + " ... " + "b" * 50
     assert shortened("short", 100) == "short"
+
+
+def test_tensorboard_has_every_line(folder, tmp_path):
+    """Training and the test after it, in one folder of the run."""
+    train(make_recipe(folder, loop={"report_to": ["tensorboard"]}), tmp_path)
+    read = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in read.Scalars("train/loss")] == [2, 4, 6]
+    assert [event.step for event in read.Scalars("test/loss")] == [6]
+    assert not list((tmp_path / "checkpoints").glob("runs*"))
+
+
+def test_a_reporter_that_is_not_there_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("corelora.train.dry_run.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CoreLoraError, match="wandb is not installed"):
+        check(make_recipe(folder, loop={"report_to": ["wandb"]}), tmp_path)
 
 
 def test_results_are_json(folder, tmp_path):

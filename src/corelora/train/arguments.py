@@ -71,6 +71,7 @@ def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -
         save_steps=loop.save_every or 0.1,  # below 1: a part of all steps
         save_total_limit=loop.keep,
         report_to=loop.report_to or "none",
+        run_name=output.name,
         train_sampling_strategy="random" if recipe.data.shuffle else "sequential",
         remove_unused_columns=False,  # the collators take what they need
         include_num_input_tokens_seen="all" if recipe.data.packing else "non_padding",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     sound = not found  # only then there is a model to make
     found += optim_problems(recipe.optim, recipe.method)
     found += model_problems(recipe.model)
+    found += _reporter_problems(recipe)
     found += start_problems(recipe.model, full=is_full(recipe.method))
     data = TASKS[recipe.task].problems(recipe) if recipe.task in TASKS else []
     found += data
@@ -155,6 +157,11 @@ def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: P
         disk=size * (STATES * (recipe.loop.keep + 1) + 1),  # one more than is kept, while it is written
         free=shutil.disk_usage(_existing(output)).free,
     )
+
+
+def _reporter_problems(recipe: Recipe) -> list[str]:
+    missing = [name for name in recipe.loop.report_to if importlib.util.find_spec(name) is None]
+    return [f"loop.report_to: {name} is not installed. Install it with: pip install {name}" for name in missing]
 
 
 def _folder_problems(output: Path) -> list[str]:

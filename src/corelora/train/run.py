@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
 from transformers import PretrainedConfig, PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from corelora.errors import CoreLoraError, raise_all
 from corelora.kernels.fast import set_fast
@@ -209,6 +210,9 @@ def build_trainer(run: Run, model: Any, standing: Standing) -> Any:
         about=run.about,
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(run.folder.root / "tensorboard")
     return trainer
 
 
