@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
 from corelora.errors import CoreLoraError
+from corelora.train.disk import raise_if_full
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -257,11 +258,13 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self._finish(staging / name)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+        except Exception as error:
+            raise_if_full(staging, error)
             raise
         finally:
             self._staging = None
+            if self.is_world_process_zero():
+                shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _finish(self, staged: Path) -> None:
@@ -270,7 +273,6 @@ class ResumableTrainer(Trainer):
             shutil.copyfile(self.metrics_path, staged / METRICS)
         seal(staged, self.state.global_step, self.about)
         publish(staged, self.checkpoints / staged.name)
-        shutil.rmtree(staged.parent)
         prune(self.checkpoints, self.checkpoints / staged.name, self.args.save_total_limit)
 
     def _save_running(self, folder: Path) -> None:

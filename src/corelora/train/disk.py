@@ -4,57 +4,69 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from corelora.errors import CoreLoraError
-from corelora.train.checkpoints import newest_checkpoint
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-LITTLE = 1 << 20  # bytes; a write of torch's that failed with less than this left failed for want of room
+PROBE = 1 << 20  # bytes
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path, checkpoints: Path) -> Iterator[None]:
-    """Turn failed writes into a CoreLoraError that says what is kept and what to do.
-
-    Python and datasets raise OSError, safetensors its own error with the system's text in it, and torch a RuntimeError
-    that names no cause; for the last one the disk is asked.
+def disk_errors(folder: Path, kept: Callable[[], Path | None]) -> Iterator[None]:
+    """Turn a failed write into a CoreLoraError that says what is kept and what to do.
 
     Args:
         folder: the run folder.
-        checkpoints: the folder of its checkpoints.
+        kept: finds its newest checkpoint.
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         reason = _reason(error, folder)
         if reason is None:
             raise
-        kept = newest_checkpoint(checkpoints)
-        lost = f"{kept} is whole and the run goes on from there" if kept else "no checkpoint was written yet"
-        raise CoreLoraError(
-            f"{folder}: {reason}. Nothing that was written is lost: {lost} with the same command"
-        ) from error
+        found = kept()
+        state = f"nothing is lost: the same command goes on after {found}" if found else "no checkpoint was written yet"
+        raise CoreLoraError(f"{reason}; {state}") from error
 
 
-def _reason(error: Exception, folder: Path) -> str | None:
+def raise_if_full(folder: Path, error: Exception) -> None:
+    """Raise OSError where `error` came from a disk without room; to be called before anything is cleaned up.
+
+    torch's writer says only that its position is unexpected, so the disk is asked: can it take one more MiB?
+
+    Args:
+        folder: where the write failed.
+        error: what was raised.
+    """
+    if isinstance(error, OSError) or not isinstance(error, (RuntimeError, SafetensorError)):
+        return
+    probe = folder / ".probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(PROBE))
+            os.fsync(file.fileno())
+    except OSError as refusal:
+        if refusal.errno in FULL:
+            raise OSError(refusal.errno, refusal.strerror, str(folder)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _reason(error: OSError | SafetensorError, folder: Path) -> str | None:
     """What the disk did, or None where the error is of another kind."""
     number = error.errno if isinstance(error, OSError) else None
-    text = str(error)
-    if number in FULL or "No space left" in text or "os error 28" in text:
-        return f"the disk is full ({_free(folder)} bytes free); make room, or give another --output"
-    if number in REFUSED:
-        return f"can't be written ({text})"
-    failed = isinstance(error, RuntimeError) and any(w in text for w in ("PytorchStreamWriter", "file write failed"))
-    if failed and _free(folder) < LITTLE:
-        return f"the disk is full ({_free(folder)} bytes free); make room, or give another --output"
+    named = error.filename if isinstance(error, OSError) else None
+    where = Path(os.fsdecode(named)) if isinstance(named, (str, bytes)) else folder
+    if number in FULL or "No space left" in str(error):  # safetensors has the system's words
+        return f"the disk is full: {where} can't be written. Make room"
+    if number is not None and number in REFUSED and where.is_relative_to(folder):
+        return f"{where} can't be written ({os.strerror(number).lower()})"
     return None
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe, read_tree
 from corelora.recipe.tree import as_data
-from corelora.train.checkpoints import Checkpoint, newest_whole, restore_metrics
+from corelora.train.checkpoints import Checkpoint, newest_checkpoint, newest_whole, restore_metrics
 from corelora.train.disk import disk_errors
 from corelora.train.folder import RunFolder, versions
 from corelora.train.lock import locked
@@ -82,7 +82,7 @@ def held(folder: RunFolder, recipe: Recipe) -> Iterator[Standing]:
     """
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(locked(folder.root)))
-        stack.enter_context(disk_errors(folder.root, folder.checkpoints))
+        stack.enter_context(disk_errors(folder.root, lambda: newest_checkpoint(folder.checkpoints)))
         yield on_main(lambda: look(folder, recipe))
 
 
