@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PretrainedConfig, TrainingArguments
 
 from corelora.recipe import Recipe
@@ -15,6 +14,7 @@ from corelora.recipe.schema import ModelPart
 from corelora.train.folder import RunFolder
 from corelora.train.models import DTYPES
 from corelora.train.optim import optimizer_name
+from corelora.train.processes import placement
 
 
 def weight_dtype(part: ModelPart, config: PretrainedConfig) -> torch.dtype:
@@ -75,11 +75,11 @@ def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -
         train_sampling_strategy="random" if recipe.data.shuffle else "sequential",
         remove_unused_columns=False,  # the collators take what they need
         include_num_input_tokens_seen="all" if recipe.data.packing else "non_padding",
-        use_cpu=PartialState().device.type == "cpu",  # or else it refuses bfloat16 there
         disable_tqdm=True,  # our own bar shows more
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # frozen factors are equal everywhere
+        **placement(),
         **_checkpointing(loop.checkpointing),
         **_precision(recipe, config),
         **_optimizer(recipe),

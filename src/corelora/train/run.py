@@ -28,6 +28,7 @@ from corelora.train.memory import explain, is_out_of_memory
 from corelora.train.methods import adapter_config, needs_stats
 from corelora.train.models import head_names, load_model, load_tokenizer
 from corelora.train.plots import loss_curve
+from corelora.train.processes import meet
 from corelora.train.progress import MetricsFile, ProgressBar, read_metrics
 from corelora.train.resume import Standing, held
 from corelora.train.start_from import load_start, weights_folder
@@ -84,6 +85,7 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     Raises:
         CoreLoraError: anything wrong with the recipe, its data or the training.
     """
+    meet()
     folder = RunFolder(Path(output))
     with held(folder, recipe) as standing:
         if standing.results is None:

@@ -1,0 +1,40 @@
+"""How the processes of one launch meet: before anything asks which is the main one, and the way Trainer meets them."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+PATIENCE = 7200  # seconds that processes wait for each other: one tokenises for all
+
+
+def meet() -> None:
+    """Join the launch's process group, once; a run that was not launched by torchrun or accelerate is alone."""
+    if PartialState._shared_state:
+        return
+    settings = placement()
+    options: dict[str, Any] = {"cpu": True} if settings.get("use_cpu") else {}
+    if "LOCAL_RANK" in os.environ:
+        options |= {"timeout": timedelta(seconds=PATIENCE), "backend": settings.get("ddp_backend")}
+    PartialState(**options)
+
+
+def placement() -> dict[str, Any]:
+    """TrainingArguments' settings of where to compute.
+
+    Without an accelerator processes meet through gloo. accelerate does that by itself only where it is told that the
+    run is on a CPU, which in turn switches DeepSpeed off; so DeepSpeed gets the backend's name instead.
+    """
+    settings: dict[str, Any] = {"ddp_timeout": PATIENCE}
+    if torch.accelerator.is_available():
+        return settings
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if not deepspeed:
+        settings["use_cpu"] = True  # without it, bfloat16 is refused there too
+    if "LOCAL_RANK" in os.environ:
+        settings["ddp_backend"] = "gloo"
+    return settings
