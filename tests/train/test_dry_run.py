@@ -67,6 +67,8 @@ def test_all_mistakes_at_once(folder, tmp_path):
     [
         ({"method": {"name": "nlora", "target_modules": ["q_prj"]}}, "q_prj"),
         ({"method": {"name": "peft:lora", "target_modules": ["q_prj"]}}, "q_prj"),
+        ({"method": {"name": "dora", "target_modules": ["q_proj", "v_prj"]}}, "Did you mean 'v_proj'"),
+        ({"method": {"name": "nlora", "target_modules": ["q_proj", "v_prj"]}}, "v_prj"),
         ({"method": {"name": "nlora", "r": 40, "target_modules": "all-linear"}}, "r = 40 exceeds"),
         ({"method": {"name": "inttune", "target_modules": "all-linear"}, "optim": {"rates": {"A": 2}}}, "Trained here"),
         ({"optim": {"rates": {"head": 2}}}, "optim.rates.head: no parameter"),

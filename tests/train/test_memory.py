@@ -59,6 +59,13 @@ def test_changes_that_fit_come_largest_first(folder):
             assert peak(folder, loop={"batch_size": batch, "accumulate": accumulate}) == change.peak
 
 
+def test_weights_get_smaller_together_with_their_arithmetic(folder):
+    """bfloat16 weights under float32 arithmetic would be refused."""
+    recipe, config = sizes(folder, loop={"precision": "float32"})
+    settings = [c.settings for c in changes_that_fit(recipe, config, "cpu", 10**12)]
+    assert ("model.dtype=bfloat16", "loop.precision=auto") in settings
+
+
 def test_where_one_is_not_enough_they_are_put_together(folder):
     recipe, config = sizes(folder)
     alone = changes_that_fit(recipe, config, "cpu", 10**12)[0].peak

@@ -47,6 +47,12 @@ def test_factors_of_peft_and_heads_are_told_apart():
     assert {g for n, g in found.items() if "magnitude" in n} == {"other"}
 
 
+def test_a_head_without_an_adapter_is_told_apart():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = factor_groups(BertForSequenceClassification(BertConfig(vocab_size=30, **sizes)))
+    assert {n for n, g in found.items() if g == "head"} == {"classifier.weight", "classifier.bias"}
+
+
 def test_rates_are_multiples_of_the_learning_rate():
     model = tiny_bert(CoreLoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"]))
     part = OptimPart(lr=0.1, rates={"core": 3.0, "B": 0.5, "head": 2.0}, weight_decay=0.01)

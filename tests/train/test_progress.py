@@ -66,7 +66,7 @@ def test_the_end_says_what_to_do_next(folder, tmp_path):
     results = train(recipe, tmp_path)
     text = next_steps(recipe, tmp_path, results)
     assert f"test loss {results['test_loss']:.4f}" in text
-    assert f"corelora evaluate {tmp_path}" in text
+    assert f"corelora evaluate {tmp_path} --suite gsm8k\n" in text
     assert f"corelora export {tmp_path / 'adapter'}" in text
     full = make_recipe(folder, method={"name": "full"})
     text = next_steps(full, tmp_path, results)

@@ -63,7 +63,7 @@ class Classify(Task):
 
     def sample(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
         """The row's text, and its label as what is trained."""
-        return [(tokenizer.decode(row["input_ids"]) + " -> ", False), (str(row["labels"]), True)]
+        return [(f"{tokenizer.decode(row['input_ids'])} -> label ", False), (str(row["labels"]), True)]
 
     def row_problems(self, rows: Rows, tokenizer: Any, stop_ids: set[int]) -> list[str]:
         """Nothing beyond what reading the rows checks: a label has no stop token."""

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from transformers import PretrainedConfig
 
-from corelora.errors import CoreLoraError, UnknownSettingError, raise_all
+from corelora.errors import CoreLoraError, UnknownSettingError, nearest, raise_all
 from corelora.plan_memory import GIB
 from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
@@ -143,7 +143,28 @@ def _on_meta(recipe: Recipe, config: PretrainedConfig) -> tuple[nn.Module | None
         model = meta_model(recipe, config)
     except (CoreLoraError, UnknownSettingError, ValueError, ImportError) as error:
         return None, [line.removeprefix("- ") for line in str(error).replace("\n  - ", "\n- ").splitlines()]
-    return model, rate_problems(recipe.optim, model)
+    return model, target_problems(recipe, model) + rate_problems(recipe.optim, model)
+
+
+def target_problems(recipe: Recipe, model: nn.Module) -> list[str]:
+    """Names in target_modules that no module ends with; PEFT itself is content where any one of them matches.
+
+    Args:
+        recipe: the run's.
+        model: with its adapter, on any device.
+    """
+    targets = recipe.method.get("target_modules")
+    if not isinstance(targets, list):
+        return []
+    names = {name for name, _ in model.named_modules()}
+    last = sorted({name.rpartition(".")[2] for name in names if ".base_layer" not in name})
+    found = []
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            guess = nearest(target.rpartition(".")[2], last)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            found.append(f"method.target_modules: no module is called {target!r}.{hint}")
+    return found
 
 
 def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: Path) -> Facts:

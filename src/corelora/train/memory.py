@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,8 +163,7 @@ def _candidates(recipe: Recipe) -> list[tuple[tuple[str, ...], Callable[[Recipe]
     found: list[tuple[tuple[str, ...], Callable[[Recipe], Recipe]]] = []
 
     def add(part: str, **values: Any) -> None:
-        settings = tuple(f"{part}.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items())
-        found.append((settings, lambda r: replace(r, **{part: replace(getattr(r, part), **values)})))
+        found.append((_settings(part, values), lambda r: _with(r, part, values)))
 
     size = loop.batch_size // 2
     while size >= 1:  # the rows of an update stay as many
@@ -174,7 +173,9 @@ def _candidates(recipe: Recipe) -> list[tuple[tuple[str, ...], Callable[[Recipe]
     if not loop.checkpointing:
         add("loop", checkpointing=True)
     if model.dtype in ("auto", "float32") and model.quantize is None:
-        add("model", dtype="bfloat16")
+        smaller = {"dtype": "bfloat16"}, {"precision": "auto"} if loop.precision == "float32" else {}
+        settings = (*_settings("model", smaller[0]), *_settings("loop", smaller[1]))
+        found.append((settings, lambda r: _with(_with(r, "model", smaller[0]), "loop", smaller[1])))
     if not is_full(recipe.method):
         for kind in ("8bit", "4bit"):
             if model.quantize is None or QUANTIZED[kind] < QUANTIZED[model.quantize]:
@@ -183,6 +184,14 @@ def _candidates(recipe: Recipe) -> list[tuple[tuple[str, ...], Callable[[Recipe]
         if recipe.method.get("name") != name:
             found.append(((f"method.name={name}",), _with_method(name)))
     return found
+
+
+def _settings(part: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{part}.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items())
+
+
+def _with(recipe: Recipe, part: str, values: Mapping[str, Any]) -> Recipe:
+    return replace(recipe, **{part: replace(getattr(recipe, part), **values)})
 
 
 def _with_method(name: str) -> Callable[[Recipe], Recipe]:

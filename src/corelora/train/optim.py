@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from corelora.errors import CoreLoraError, nearest, unknown_name
 from corelora.recipe.schema import OptimPart
+from corelora.train.models import head_names
 from corelora.tuner_layer import CoreLoraLayer
 
 LORA_FA = "lora_fa"
@@ -71,15 +72,18 @@ def factor_groups(model: nn.Module) -> dict[str, str]:
     """Name of each trained parameter -> A, core, B, head or other.
 
     A corelora factor is told by the slot that holds it, PEFT's by the words lora_A and lora_B (or their embedding
-    twins) in its name, a head by PEFT's copy of a whole module.
+    twins) in its name, a head by PEFT's copy of a whole module or, without an adapter, by its place on top.
     """
+    if isinstance(model, PreTrainedModel):
+        heads = head_names(model)
+        return {n: "head" if n.split(".")[0] in heads else "other" for n, _ in _trained(model)}
     slots: dict[int, str] = {}
     for layer in (m for m in model.modules() if isinstance(m, CoreLoraLayer)):
         for adapter in layer.cores:
             for slot, factor in layer.factors(adapter).items():
                 group = slot if slot in ("A", "B") else "core"
                 slots |= {id(p): group for p in factor.parameters()}
-    return {n: slots.get(id(p)) or _by_name(n) for n, p in model.named_parameters() if p.requires_grad}
+    return {n: slots.get(id(p)) or _by_name(n) for n, p in _trained(model)}
 
 
 def _by_name(name: str) -> str:

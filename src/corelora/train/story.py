@@ -14,6 +14,16 @@ from corelora.train.methods import is_full
 
 SHOWN = 1500  # characters of the sample
 
+# The suite that a form of data is trained for, as in the papers.
+SUITES = {
+    "metamath": "gsm8k,math",
+    "gsm8k": "gsm8k",
+    "code_feedback": "humaneval,mbpp",
+    "evol_instruct": "mt_bench",
+    "conversations": "mt_bench",
+    "commonsense": "commonsense",
+}
+
 
 def say(text: str) -> None:
     """Print one message of the run."""
@@ -46,8 +56,11 @@ def next_steps(recipe: Recipe, output: Path, results: dict[str, Any]) -> str:
         f"  {folder.results!s:40s} all figures and versions",
         "",
         "Next:",
-        f"  corelora evaluate {output} --suite gsm8k" if recipe.task == "instruct" else f"  corelora report {output}",
     ]
+    suite = "glue" if recipe.task == "classify" else SUITES.get(recipe.data.form)
+    if suite is not None:
+        lines.append(f"  corelora evaluate {output} --suite {suite}")
+    lines.append(f"  corelora report {output}")
     if not is_full(recipe.method):
         lines.append(f"  corelora export {weights} FOLDER    a plain LoRA for any server")
     return "\n".join(lines)
