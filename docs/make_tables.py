@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import corelora
+from corelora.bench.floors import all_shapes, floor
+from corelora.bench.peers import Ranks
+from corelora.bench.tables import Table, layers_tables, serve_tables, start_tables, step_tables
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,20 +47,41 @@ def early_runs() -> str:
     return f"{data['what']}.\n\n" + _table(["method", "settings", "trained", "test loss"], rows)
 
 
-def step() -> str:
-    """Time and memory of a training step."""
-    data = json.loads((RESULTS / "step-h100.json").read_text())
-    rows = [
-        [
-            r["name"],
-            f"{r['ms']:.0f} ({r['p10']:.0f} to {r['p90']:.0f})",
-            f"{r['ratio']:.3f}",
-            f"{r['gib_over_base']:.2f}",
-        ]
-        for r in data["rows"]
-    ]
-    header = ["", "ms a step (p10 to p90)", "times the frozen base", "GiB over the base"]
-    return f"{data['what']}; {data['gpu']}.\n\n" + _table(header, rows)
+def _lines(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the run, its results) of a file that `corelora bench ... --json` wrote."""
+    lines = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    return lines[0], [line for line in lines[1:] if line["kind"] in ("result", "decomposition")]
+
+
+def _benched(tables: list[Table]) -> str:
+    """Titles and tables; a column in which nothing was measured is left out."""
+    parts = []
+    for title, header, rows in tables:
+        kept = [n for n in range(len(header)) if n == 0 or any(row[n] != "-" for row in rows)]
+        parts.append(f"{title}.\n\n" + _table([header[n] for n in kept], [[row[n] for n in kept] for row in rows]))
+    return "\n\n".join(parts)
+
+
+def bench(kind: str, name: str) -> Callable[[], str]:
+    """A table of what `corelora bench KIND --json docs/results/NAME` measured."""
+    make = {"step": step_tables, "init": start_tables, "serve": serve_tables, "layers": layers_tables}[kind]
+
+    def table() -> str:
+        run, results = _lines(name)
+        return _benched(make(results, run))
+
+    return table
+
+
+def floors() -> str:
+    """What arithmetic allows on LLaMA-2-7B, and what each method keeps for the backward pass."""
+    shapes, ranks = all_shapes("llama-2-7b"), Ranks(r=128, k=32)
+    rows = []
+    for name in corelora.list_methods():
+        at_best = floor(name, shapes, ranks)
+        saved = f"{'x, ' if at_best.saves_input else ''}{at_best.saved // ranks.r} T r numbers".replace(" 1 T", " T")
+        rows.append([METHODS[name].title, f"{at_best.times_base:.3f}", saved])
+    return _table(["", "times the frozen base, at best", "kept for the backward pass"], rows)
 
 
 def plan() -> str:
@@ -77,7 +103,15 @@ def plan() -> str:
     return f"`corelora plan llama --r 128`: {what}; counted and estimated, not measured.\n\n" + _table(header, rows)
 
 
-TABLES = {"methods": methods, "early-runs": early_runs, "step": step, "plan": plan}
+TABLES = {
+    "methods": methods,
+    "early-runs": early_runs,
+    "plan": plan,
+    "floors": floors,
+    "step": bench("step", "step-h100.jsonl"),
+    "init-cpu": bench("init", "init-cpu.jsonl"),
+    "layers-cpu": bench("layers", "layers-cpu.jsonl"),
+}
 
 
 def filled(text: str) -> str:
@@ -87,7 +121,7 @@ def filled(text: str) -> str:
         name = match.group(1)
         return f"<!-- table {name} -->\n{TABLES[name]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table ([a-z-]+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def main() -> int:

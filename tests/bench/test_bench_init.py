@@ -167,6 +167,7 @@ def test_a_folder_is_measured_with_its_own_weights(tmp_path):
     measured = bench(names=("nora",), model=str(tmp_path))
     assert measured.is_real
     assert measured.describe()["weights"] == "real"
+    assert measured.describe()["request"]["model"] == tmp_path.name  # results name no place of this machine
     assert set(measured.stats.tokens.values()) == {512}
     assert measured.run(nothing)
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from corelora.bench.measure import Device, Emit, Spread
 from corelora.bench.peers import PATHS, Ranks, core_config
-from corelora.bench.shapes import DTYPES, shape_config
+from corelora.bench.shapes import DTYPES, shape_config, shown_name
 from corelora.errors import CoreLoraError, raise_all, unknown_name
 from corelora.kernels.fast import set_fast
 from corelora.plan import build_on_meta
@@ -174,9 +174,8 @@ class LayersBench:
     def describe(self) -> dict[str, Any]:
         """What was asked for and on which machine: the first line of a file of results."""
         shapes = [f"{o} x {i}" for o, i in self.shapes]
-        return {"kind": "run", "bench": "layers", "request": asdict(self.request), "shapes": shapes} | (
-            self.device.describe()
-        )
+        request = asdict(self.request) | {"model": shown_name(self.request.model)}
+        return {"kind": "run", "bench": "layers", "request": request, "shapes": shapes, **self.device.describe()}
 
 
 def _forward_and_backward(layer: nn.Module, x: Tensor) -> None:

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from corelora.bench.measure import Device, Emit, Spread
 from corelora.bench.peers import BASE, PEERS, Peer, Ranks, core_config, find_peer
-from corelora.bench.shapes import DTYPES, random_model, shape_config
+from corelora.bench.shapes import DTYPES, random_model, shape_config, shown_name
 from corelora.errors import CoreLoraError, raise_all, unknown_name
 from corelora.export import export_lora
 from corelora.exportcheck import shared_copy
@@ -200,7 +200,8 @@ class ServeBench:
 
     def describe(self) -> dict[str, Any]:
         """What was asked for and on which machine: the first line of a file of results."""
-        request = asdict(self.request) | {"names": list(self.request.all_names)}
+        model = shown_name(self.request.model)
+        request = asdict(self.request) | {"names": list(self.request.all_names), "model": model}
         return {"kind": "run", "bench": "serve", "request": request, **self.device.describe()}
 
 

@@ -83,6 +83,11 @@ def real_model(folder: str, device: str, dtype: torch.dtype) -> Any:
     return model.to(device).requires_grad_(False)
 
 
+def shown_name(model: str) -> str:
+    """How results call a model: the name of a shape or type, or the last part of a path."""
+    return Path(model).name if Path(model).exists() else model
+
+
 def has_weights(model: str) -> bool:
     """Whether `model` is a folder that holds weights beside its config."""
     path = Path(model)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from corelora.bench.measure import Device, Emit, Spread
 from corelora.bench.peers import Ranks, lora_config
 from corelora.bench.published import START_SECONDS, published_ratio
-from corelora.bench.shapes import DTYPES, has_weights, random_model, real_model, shape_config
+from corelora.bench.shapes import DTYPES, has_weights, random_model, real_model, shape_config, shown_name
 from corelora.config import ADAPTER_FORMAT, CoreLoraConfig
 from corelora.errors import CoreLoraError, raise_all, unknown_name
 from corelora.exportcheck import shared_copy
@@ -247,7 +247,8 @@ class StartBench:
 
     def describe(self) -> dict[str, Any]:
         """What was asked for and on which machine: the first line of a file of results."""
-        request = asdict(self.request) | {"names": list(self.request.all_names)}
+        model = shown_name(self.request.model)
+        request = asdict(self.request) | {"names": list(self.request.all_names), "model": model}
         weights = "real" if self.is_real else "random"
         return {"kind": "run", "bench": "init", "request": request, "weights": weights, **self.device.describe()}
 

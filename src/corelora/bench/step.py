@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from corelora.bench.measure import Device, Emit, Spread
 from corelora.bench.peers import BASE, Peer, Ranks, find_peer
 from corelora.bench.published import TRAINING_SECONDS, published_ratio
-from corelora.bench.shapes import DTYPES, random_model, shape_config
+from corelora.bench.shapes import DTYPES, random_model, shape_config, shown_name
 from corelora.errors import CoreLoraError, raise_all, unknown_name
 from corelora.exportcheck import shared_copy
 from corelora.tuner_layer import CoreLoraLayer
@@ -280,7 +280,8 @@ class StepBench:
 
     def describe(self) -> dict[str, Any]:
         """What was asked for and on which machine: the first line of a file of results."""
-        request = asdict(self.request) | {"names": list(self.request.all_names)}
+        model = shown_name(self.request.model)
+        request = asdict(self.request) | {"names": list(self.request.all_names), "model": model}
         return {"kind": "run", "bench": "step", "request": request, **self.device.describe()}
 
 

@@ -43,7 +43,17 @@ def machine(run: dict[str, Any]) -> str:
 
 
 def _step_cells(rows: list[dict[str, Any]], compiled: bool) -> tuple[list[str], list[list[str]]]:
-    headers = ["", "ms", "p10 to p90", "times base", "to PEFT LoRA", "published", "GiB", "over base", "trained"]
+    headers = [
+        "",
+        "ms",
+        "p10 to p90",
+        "times base",
+        "to PEFT LoRA",
+        "published",
+        "peak GiB",
+        "GiB over base",
+        "trained",
+    ]
     cells = [
         [
             row["title"],

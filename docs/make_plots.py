@@ -1,0 +1,93 @@
+"""Draws the figures of docs/ from the result files: `python docs/make_plots.py`. Needs matplotlib."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from corelora.bench.floors import all_shapes, floor
+from corelora.bench.peers import Ranks
+from corelora.registry import METHODS
+
+ROOT = Path(__file__).resolve().parent
+INK, BAR, PEER, MARK = "#222222", "#3b6ea8", "#9a9a9a", "#c8502d"
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the run, its results) of a file of `corelora bench step --json`."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return lines[0], [line for line in lines if line["kind"] == "result"]
+
+
+def draw_step(source: Path, target: Path) -> None:
+    """Time over the frozen base of each method at the largest batch, eager, beside what arithmetic allows."""
+    run, results = read(source)
+    request = run["request"]
+    batch = max(r["batch"] for r in results)
+    rows = [r for r in results if r["batch"] == batch and not r["compiled"] and r["name"] != "base"]
+    rows.sort(key=lambda r: -r["ratio"])
+    shapes, ranks = all_shapes(request["model"]), Ranks(r=request["r"], k=request["k"])
+    figure, axes = plt.subplots(figsize=(7.5, 0.42 * len(rows) + 1.5), layout="constrained")
+    base = next(r["ms"] for r in results if r["name"] == "base" and r["batch"] == batch and not r["compiled"])
+    for y, row in enumerate(rows):
+        ours = row["name"].partition(":")[0] in METHODS
+        axes.barh(y, row["ratio"] - 1, left=1, color=BAR if ours else PEER, height=0.6)
+        axes.plot([row["p10"] / base, row["p90"] / base], [y, y], color=INK, linewidth=1)
+        lowest = floor(row["name"].partition(":")[0] if ours else "lora", shapes, ranks).times_base
+        axes.plot([lowest, lowest], [y - 0.38, y + 0.38], color=MARK, linewidth=2)
+        axes.text(max(row["ratio"], row["p90"] / base) + 0.004, y, f"{row['ratio']:.3f}", va="center", color=INK)
+    axes.set_yticks(range(len(rows)), [r["title"] for r in rows])
+    axes.set_xlim(1, max(max(r["ratio"], r["p90"] / base) for r in rows) + 0.045)
+    axes.set_xlabel("time of a step over the frozen base's; line: p10 to p90; red: floor by arithmetic")
+    axes.set_title(f"{request['model']}, r = {request['r']}, {batch} x {request['length']} tokens, {run['device']}")
+    _finish(figure, axes, target)
+
+
+def draw_batches(source: Path, target: Path) -> bool:
+    """Time and memory over batch size, one line a method (NoRA paper, figure 5); False where there is one size only."""
+    run, results = read(source)
+    eager = [r for r in results if not r["compiled"]]
+    if len({r["batch"] for r in eager}) < 2:
+        return False
+    memory = "gib" if any(r["gib"] is not None for r in eager) else None
+    panels = [("ms", "ms a step")] + ([(memory, "peak GiB")] if memory else [])
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axes, (key, label) in zip(all_axes[0], panels, strict=True):
+        for name in dict.fromkeys(r["name"] for r in eager):
+            points = [(r["batch"], r[key]) for r in eager if r["name"] == name and r[key] is not None]
+            title = next(r["title"] for r in eager if r["name"] == name)
+            style = "-" if name.partition(":")[0] in METHODS else "--"
+            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=title)
+        axes.set_xlabel(f"batch, sequences of {run['request']['length']} tokens")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    all_axes[0][0].legend(fontsize=8, frameon=False)
+    _finish(figure, all_axes[0][0], target)
+    return True
+
+
+def _finish(figure: Any, axes: Any, target: Path) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    """Draw what there are results for."""
+    draw_step(ROOT / "results" / "step-h100.jsonl", ROOT / "img" / "step-h100.png")
+    batches = sorted((ROOT / "results").glob("batches-*.jsonl"))
+    for source in batches:
+        draw_batches(source, ROOT / "img" / f"{source.stem}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
