@@ -98,7 +98,8 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
     def _make(
         self, name: str, core: CoreAdapter, weight: BaseWeight, d: Tensor | None, init: bool, from_file: bool
     ) -> None:
-        if weight.is_meta or torch.empty(0).is_meta or from_file:
+        meta = weight.is_meta or _makes_no_values()
+        if meta or from_file:
             factors = core.empty(weight)
             self.unchecked.add(name)
         else:
@@ -108,7 +109,6 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self.cores[name] = core
         self.scaling[name] = core.spec.scale
         self.corelora_dropout[name] = nn.Dropout(core.spec.dropout) if core.spec.dropout else nn.Identity()
-        meta = weight.is_meta or torch.empty(0).is_meta
         self.corelora_fingerprint[name] = torch.full((17,), torch.nan) if meta or from_file else weight.fingerprint()
 
     def factors(self, name: str) -> Factors:
@@ -376,6 +376,11 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self.cores[target], self.scaling[target] = self.cores[source], self.scaling[source]
         self.corelora_dropout[target] = copy.deepcopy(self.corelora_dropout[source])
         self.corelora_fingerprint[target] = self.corelora_fingerprint[source].clone()
+
+
+def _makes_no_values() -> bool:
+    """New parameters are on the meta device: within torch.device("meta"), or where PEFT's low_cpu_mem_usage is set."""
+    return nn.LayerNorm(1).weight.is_meta  # a module that draws no random numbers
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

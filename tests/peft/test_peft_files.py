@@ -337,3 +337,14 @@ def test_weights_loaded_over_an_adapter_that_drew_other_indices(scale):
     assert not torch.equal(ours, theirs)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     assert torch.equal(logits(other.eval()), logits(model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_without_values_take_a_state(method):
+    """get_peft_model(low_cpu_mem_usage=True) makes modules on the meta device; a state dict then fills them."""
+    torch.manual_seed(1)
+    source = get_peft_model(llama(), config(method, init_weights=False)).eval()
+    target = get_peft_model(llama(), config(method), low_cpu_mem_usage=True).eval()
+    assert all(p.is_meta for n, p in target.named_parameters() if "corelora_" in n)
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source), low_cpu_mem_usage=True)
+    assert torch.equal(logits(target), logits(source))
