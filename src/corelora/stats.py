@@ -25,7 +25,7 @@ from corelora.errors import CoreLoraError
 from corelora.layers import ConvView, View, view_of
 from corelora.registry import OUTERS
 from corelora.spec import AdapterSpec
-from corelora.storage import BaseWeight, backend_of, wrapped_layer
+from corelora.storage import BaseWeight, backend_of, gathered, wrapped_layer
 
 _FORMAT = "corelora-input-stats-1"
 HOW_TO = (
@@ -207,7 +207,8 @@ def _result(layers: dict[str, nn.Module], running: dict[str, _Running]) -> Input
 def _sample(layer: nn.Module) -> Tensor:
     view = view_of(layer)
     assert view is not None
-    return BaseWeight(layer, view, backend_of(layer)).sample()
+    with gathered(layer):
+        return BaseWeight(layer, view, backend_of(layer)).sample()
 
 
 def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -131,6 +131,12 @@ def _is_offloaded(layer: nn.Module) -> bool:
 @contextmanager
 def readable(tuner_layer: Any) -> Iterator[None]:
     """Make a tuner layer's base weight readable: gathers ZeRO-3 shards, brings offloaded weights in."""
-    parameters = list(tuner_layer.get_base_layer().parameters(recurse=False))
-    with onload_layer(tuner_layer), gather_params_ctx(parameters, modifier_rank=None):
+    with onload_layer(tuner_layer), gathered(tuner_layer.get_base_layer()):
+        yield
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Make a module's own parameters whole on every process where ZeRO-3 has shared them out; all processes call it."""
+    with gather_params_ctx(list(module.parameters(recurse=False)), modifier_rank=None):
         yield

@@ -49,11 +49,20 @@ def made_once(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     Raises:
         CoreLoraError: the cache cannot be written; says how to move it.
     """
-    folder = cache_root() / "data" / kind / key
+    folder = _folder(kind, key)
     with PartialState().local_main_process_first():
         if not folder.is_dir():
             _make(folder, make)
     return folder
+
+
+def is_made(kind: str, key: str) -> bool:
+    """Whether `made_once` would find this folder."""
+    return _folder(kind, key).is_dir()
+
+
+def _folder(kind: str, key: str) -> Path:
+    return cache_root() / "data" / kind / key
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:

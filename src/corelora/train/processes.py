@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from corelora.errors import CoreLoraError
+
+T = TypeVar("T")
 
 PATIENCE = 7200  # seconds that processes wait for each other: one tokenises for all
 
@@ -38,3 +44,17 @@ def placement() -> dict[str, Any]:
     if "LOCAL_RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
     return settings
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function on the main process; its result, or its CoreLoraError, is every process's."""
+    box: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            box[0] = function()
+        except CoreLoraError as error:
+            box[1] = str(error)
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise CoreLoraError(box[1])
+    return box[0]

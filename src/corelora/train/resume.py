@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe, read_tree
@@ -20,10 +18,9 @@ from corelora.train.disk import disk_errors
 from corelora.train.folder import RunFolder, versions
 from corelora.train.lock import locked
 from corelora.train.methods import is_full
+from corelora.train.processes import on_main
 from corelora.train.progress import read_metrics
 from corelora.train.story import say
-
-T = TypeVar("T")
 
 # What may differ when a run goes on: nothing here touches an update. (`test_every` is no such key: each test draws a
 # seed for its order of rows from the generator that dropout draws from.)
@@ -84,20 +81,6 @@ def held(folder: RunFolder, recipe: Recipe) -> Iterator[Standing]:
         on_main(lambda: stack.enter_context(locked(folder.root)))
         stack.enter_context(disk_errors(folder.root, lambda: newest_checkpoint(folder.checkpoints)))
         yield on_main(lambda: look(folder, recipe))
-
-
-def on_main(function: Callable[[], T]) -> T:
-    """Call a function on the main process; its result, or its CoreLoraError, is every process's."""
-    box: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            box[0] = function()
-        except CoreLoraError as error:
-            box[1] = str(error)
-    broadcast_object_list(box)
-    if box[1] is not None:
-        raise CoreLoraError(box[1])
-    return box[0]
 
 
 def look(folder: RunFolder, recipe: Recipe) -> Standing:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from corelora.data.cache import key_of, made_once
+from corelora.data.cache import is_made, key_of, made_once
 from corelora.errors import CoreLoraError
 from corelora.recipe.schema import StatsPart
 from corelora.stats import InputStats, collect_stats
+from corelora.storage import gathered
+from corelora.train.processes import on_main
 from corelora.train.tasks import Rows
 
 FILE = "stats.safetensors"
@@ -44,7 +48,37 @@ def run_stats(model: nn.Module, rows: Rows, collate: Any, part: StatsPart, targe
         batches = list(_batches(first, part.batch_size, collate))
         collect_stats(model, batches, names).save(folder / FILE)
 
+    if is_deepspeed_zero3_enabled() and on_main(lambda: not is_made("stats", key)):
+        with gathered_in_turn(model):  # by all processes together, and then written by one
+            collected = collect_stats(model, list(_batches(first, part.batch_size, collate)), names)
+        return InputStats.load(made_once("stats", key, lambda folder: collected.save(folder / FILE)) / FILE)
     return InputStats.load(made_once("stats", key, make) / FILE)
+
+
+@contextmanager
+def gathered_in_turn(model: nn.Module) -> Iterator[None]:
+    """Let a model that ZeRO-3 has shared out, and no engine runs yet, compute: each module is gathered for its pass.
+
+    Args:
+        model: all processes run it on the same batches.
+    """
+    open_ones: list[AbstractContextManager[None]] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        context = gathered(module)
+        context.__enter__()
+        open_ones.append(context)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        open_ones.pop().__exit__(None, None, None)
+
+    owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    handles = [m.register_forward_pre_hook(before) for m in owners] + [m.register_forward_hook(after) for m in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _batches(rows: list[dict[str, Any]], size: int, collate: Any) -> Iterator[dict[str, Any]]:
@@ -56,8 +90,13 @@ def _batches(rows: list[dict[str, Any]], size: int, collate: Any) -> Iterator[di
 def _fingerprint(model: nn.Module) -> list[Any]:
     """Names, shapes and a few entries of every parameter."""
     found = []
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(SAMPLED, flat.numel())).long().to(flat.device)
-        found.append([name, list(parameter.shape), flat[places].double().tolist()])
+    for path, module in model.named_modules():
+        with gathered(module):
+            found += [[f"{path}.{n}", *_print(p)] for n, p in module.named_parameters(recurse=False)]
     return found
+
+
+def _print(parameter: nn.Parameter) -> tuple[list[int], list[float]]:
+    flat = parameter.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, min(SAMPLED, flat.numel())).long().to(flat.device)
+    return list(parameter.shape), flat[places].double().tolist()
