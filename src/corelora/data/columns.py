@@ -34,7 +34,7 @@ class Column:
     """What one column must hold.
 
     Attributes:
-        kind: a name of KINDS: text, turns, whole (a whole number), number.
+        kind: a name of KINDS: text, texts, turns, whole (a whole number), number.
         optional: the column, or its value, may be missing; it then reads as None.
         empty: a text of blanks is a value.
         low, high: bounds of a number, both included.
@@ -137,6 +137,13 @@ def _number_in(text: Any) -> Any:
         return text
 
 
+def _texts(column: Column, name: str, value: Any) -> Read:
+    """A list of texts, such as the tests of a program."""
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        return None, f"column {name!r}: a list of texts is expected, found {type_name(value)}"
+    return value, None
+
+
 def _turns(column: Column, name: str, value: Any) -> Read:
     """A conversation: system or not, then user and assistant in turns, a reply last."""
     if not isinstance(value, list) or not value:
@@ -176,6 +183,7 @@ def _order(turns: list[dict[str, str]]) -> str | None:
 
 KINDS: dict[str, Kind] = {
     "text": Kind(Value("string"), _text),
+    "texts": Kind(List(Value("string")), _texts),
     "turns": Kind(List({"role": Value("string"), "content": Value("string")}), _turns),
     "whole": Kind(Value("int64"), _whole, number=True),
     "number": Kind(Value("float64"), _number, number=True),

@@ -39,7 +39,7 @@ def pack(value: Any, refer: Callable[[Any], Any]) -> Any:
         return {"d": [[pack(k, refer), pack(v, refer)] for k, v in dict(value).items()]}
     if isinstance(value, range):
         return {"g": [value.start, value.stop, value.step]}
-    if isinstance(value, type) and vars(builtins).get(str(value.__qualname__)) is value:
+    if isinstance(value, type) and value in vars(builtins).values():
         return {"y": value.__name__}  # int, list, ...: the same thing on both sides
     return refer(value)
 

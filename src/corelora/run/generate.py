@@ -1,4 +1,4 @@
-"""Greedy replies from a chat model, batched by length."""
+"""Replies of a language model, batched by length."""
 
 from __future__ import annotations
 
@@ -16,12 +16,29 @@ class Reply:
     """What a model said.
 
     Attributes:
-        text: without special tokens.
+        text: without special tokens, up to the first stop text.
         finished: whether the model stopped by itself; False where the reply was cut.
     """
 
     text: str
     finished: bool
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How replies are written.
+
+    Attributes:
+        max_new_tokens: a reply is cut after so many tokens.
+        stops: texts that end a reply; they are not part of it.
+        temperature: of drawn replies; 0 is greedy.
+        special_tokens: the tokenizer puts its begin token before a prompt (a chat template has it already).
+    """
+
+    max_new_tokens: int = 64
+    stops: tuple[str, ...] = ()
+    temperature: float = 0.0
+    special_tokens: bool = False
 
 
 def chat_prompt(tokenizer: Any, question: str) -> str:
@@ -30,7 +47,6 @@ def chat_prompt(tokenizer: Any, question: str) -> str:
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-@torch.no_grad()
 def replies(
     model: nn.Module,
     tokenizer: Any,
@@ -56,28 +72,63 @@ def replies(
     prompts = [chat_prompt(tokenizer, q) for q in questions]
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     out = [Reply("", False)] * len(prompts)
+    writing = Writing(max_new_tokens)
     with tqdm(total=len(prompts), desc=desc, unit="question") as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            made = _generate(model, tokenizer, [prompts[n] for n in chosen], max_new_tokens)
-            for n, ids in zip(chosen, made, strict=True):
-                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                out[n] = Reply(text, tokenizer.eos_token_id in ids.tolist())
+            made = write_batch(model, tokenizer, [prompts[n] for n in chosen], writing)
+            for n, reply in zip(chosen, made, strict=True):
+                out[n] = reply
             bar.update(len(chosen))
     model.train(training)
     return out
 
 
-def _generate(model: nn.Module, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> Tensor:
-    """New token ids [batch, up to max_new_tokens]; the prompts are padded on the left, where generation needs it."""
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    batch = batch.to(next(model.parameters()).device)
-    made = model.generate(  # type: ignore[operator]
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+@torch.no_grad()
+def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], writing: Writing) -> list[Reply]:
+    """The replies to prompts that are written together; the prompts are padded on the left, where generation needs it.
+
+    Args:
+        model: a causal language model with `generate`, in evaluation mode.
+        tokenizer: its tokenizer, with a padding token.
+        prompts: whole texts.
+        writing: lengths, stops, temperature.
+    """
+    batch = tokenizer(
+        list(prompts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=writing.special_tokens,
+        return_token_type_ids=False,
+    ).to(next(model.parameters()).device)
+    options: dict[str, Any] = {"do_sample": False}
+    if writing.temperature:
+        options = {"do_sample": True, "temperature": writing.temperature, "top_p": 1.0, "top_k": 0}
+    if writing.stops:
+        options |= {"stop_strings": list(writing.stops), "tokenizer": tokenizer}
+    ends = end_tokens(model, tokenizer)
+    made = model.generate(
+        **batch,
+        max_new_tokens=writing.max_new_tokens,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
-    return made[:, batch["input_ids"].shape[1] :]
+    rows = made[:, batch["input_ids"].shape[1] :]
+    return [_reply(tokenizer, ids, ends, writing.stops) for ids in rows.cpu()]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a reply: the tokenizer's, and those that the model's own settings name."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({n for n in (*own, tokenizer.eos_token_id) if n is not None})
+
+
+def _reply(tokenizer: Any, ids: Tensor, ends: list[int], stops: Sequence[str]) -> Reply:
+    listed = ids.tolist()
+    first = min((listed.index(e) for e in ends if e in listed), default=None)
+    text = tokenizer.decode(listed[:first], skip_special_tokens=True)
+    found = [n for n in (text.find(s) for s in stops) if n >= 0]
+    return Reply((text[: min(found)] if found else text).strip(), first is not None or bool(found))
