@@ -109,7 +109,7 @@ TABLES = {
     "plan": plan,
     "floors": floors,
     "step": bench("step", "step-h100.jsonl"),
-    "init-cpu": bench("init", "init-cpu.jsonl"),
+    "energy": bench("init", "energy-smollm2.jsonl"),
     "layers-cpu": bench("layers", "layers-cpu.jsonl"),
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 TRAINING_SECONDS = {"peft_lora": 25142.26, "slora": 27690.03, "nlora": 25323.34, "inttune": 21439.26}
 
 # Seconds to start the adapters of the same model. NLoRA paper, Table 5.
-START_SECONDS = {"peft_lora": 12.69, "slora": 14.21, "nlora": 25.35, "peft_pissa": 106903.20}
+START_SECONDS = {"peft_lora": 12.69, "slora": 14.21, "nlora": 25.35, "peft_pissa_exact": 106903.20}
 
 
 def published_ratio(seconds: dict[str, float], name: str) -> float | None:

@@ -90,10 +90,11 @@ def start_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> list
         for row in rows
         if row["kind"] == "result"
     ]
-    found = [(what, headers, starts)]
     solved = [row for row in rows if row["kind"] == "decomposition"]
+    found = [(what, headers, starts)] if starts else []
     if solved:
-        found.append(("decompositions of the whole model", *_decomposition_cells(solved)))
+        title = f"decompositions of {shape_of(run['request'])}, {run['weights']} weights; {machine(run)}"
+        found.append((title, *_decomposition_cells(solved)))
     return found
 
 
@@ -103,7 +104,7 @@ def _decomposition_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[li
     for row in rows:
         shares = [None if share is None else 100 * share for share in (row.get("energy"), row.get("worst_layer"))]
         same = "yes" if row["same_again"] else "no"
-        cells.append([row["title"], row["solver"], number(row["seconds"]), same, *(number(s, 4) for s in shares)])
+        cells.append([row["title"], row["solver"], number(row.get("seconds")), same, *(number(s, 4) for s in shares)])
     return headers, cells
 
 
@@ -133,5 +134,7 @@ def layers_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> lis
         of_pass = {(r["title"], r["dtype"], r["tokens"]): r["mean"] for r in rows if r["pass"] == which}
         lines = dict.fromkeys((title, dtype) for title, dtype, _ in of_pass)
         cells = [[title, dtype, *(number(of_pass[title, dtype, t], 3) for t in tokens)] for title, dtype in lines]
-        found.append((f"{what}; {which}", ["", "type", *(f"{t} tokens" for t in tokens)], cells))
+        found.append(
+            (f"{what}; {which}", ["", "type", *("1 token" if t == 1 else f"{t} tokens" for t in tokens)], cells)
+        )
     return found
