@@ -7,6 +7,7 @@ than counted, and a CPU run shares its memory with everything else.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,16 +21,19 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from corelora.errors import CoreLoraError
-from corelora.plan_memory import GIB, OPTIMIZERS, RESERVE, Step, StepMemory, StepSimulator
+from corelora.plan_memory import GIB, OPTIMIZERS, RESERVE, Step, StepMemory, StepSimulator, largest_batch
 from corelora.recipe import Recipe
 from corelora.train.arguments import weight_dtype
-from corelora.train.methods import adapter_config, is_corelora, is_full, needs_stats
+from corelora.train.methods import adapter_config, is_corelora, is_full, needs_stats, problems
 from corelora.train.models import head_names
 from corelora.train.optim import optimizer_name
 from corelora.train.tasks import TASKS
 
 # Bytes of a weight in storage: LLM.int8 has a scale a row; NF4 with quantised scales takes 4.127 bits (QLoRA paper).
 QUANTIZED = {"8bit": 1.0, "4bit": 4.127 / 8}
+
+
+Candidate = tuple[tuple[str, ...], Callable[[Recipe], Recipe]]  # settings, and what they do to a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,37 @@ def changes_that_fit(recipe: Recipe, config: PretrainedConfig, device: str, spac
             tried.append((Change(settings=settings, peak=peak), change))
     tried.sort(key=lambda pair: pair[0].peak)
     alone = [change for change, _ in tried if change.peak <= space]
-    return alone or _together(recipe, tried, (config, device, space))
+    if not alone:
+        return _together(recipe, tried, (config, device, space))
+    batches = [_largest_batch(recipe, c, (config, device, space)) if _is_batch(c) else c for c in alone]
+    return sorted(batches, key=lambda change: change.peak)
+
+
+def _is_batch(change: Change) -> bool:
+    return change.settings[0].startswith("loop.batch_size=")
+
+
+def _largest_batch(recipe: Recipe, one: Change, where: tuple[PretrainedConfig, str, int]) -> Change:
+    """The largest batch that fits, in place of a batch of one row that does.
+
+    By the line between one row and the recipe's batch; the peak is convex in the batch, so the line is not below it.
+    """
+    config, device, space = where
+    rows, whole = recipe.loop.batch_size, _peak(recipe, config, device)
+    if whole is None or whole <= one.peak:
+        return one
+    size = largest_batch((1, one.peak), (rows, whole), space)
+    size = max((n for n in range(1, min(size, rows - 1) + 1) if rows % n == 0), default=1)
+    settings, change = _smaller_batch(recipe, size)
+    peak = _peak(change(recipe), config, device)
+    return one if peak is None or peak > space else Change(settings=settings, peak=peak)
+
+
+def _smaller_batch(recipe: Recipe, size: int) -> Candidate:
+    """The rows of an update stay as many."""
+    loop = recipe.loop
+    values = {"batch_size": size, "accumulate": loop.accumulate * loop.batch_size // size}
+    return _settings("loop", values), lambda r: _with(r, "loop", values)
 
 
 def explain(recipe: Recipe, config: PretrainedConfig, device: str, space: int | None = None) -> str:
@@ -157,32 +191,28 @@ def _together(recipe: Recipe, tried: list[Any], where: tuple[PretrainedConfig, s
     return []
 
 
-def _candidates(recipe: Recipe) -> list[tuple[tuple[str, ...], Callable[[Recipe], Recipe]]]:
+def _candidates(recipe: Recipe) -> list[Candidate]:
     """Settings, and the function that makes them in a recipe."""
     loop, model = recipe.loop, recipe.model
-    found: list[tuple[tuple[str, ...], Callable[[Recipe], Recipe]]] = []
+    found: list[Candidate] = [_smaller_batch(recipe, 1)] if loop.batch_size > 1 else []
 
-    def add(part: str, **values: Any) -> None:
-        found.append((_settings(part, values), lambda r: _with(r, part, values)))
+    def add(**parts: Mapping[str, Any]) -> None:
+        settings = tuple(s for part, values in parts.items() for s in _settings(part, values))
+        found.append((settings, lambda r: functools.reduce(lambda x, p: _with(x, *p), parts.items(), r)))
 
-    size = loop.batch_size // 2
-    while size >= 1:  # the rows of an update stay as many
-        if loop.batch_size % size == 0:
-            add("loop", batch_size=size, accumulate=loop.accumulate * loop.batch_size // size)
-        size //= 2
     if not loop.checkpointing:
-        add("loop", checkpointing=True)
+        add(loop={"checkpointing": True})
     if model.dtype in ("auto", "float32") and model.quantize is None:
-        smaller = {"dtype": "bfloat16"}, {"precision": "auto"} if loop.precision == "float32" else {}
-        settings = (*_settings("model", smaller[0]), *_settings("loop", smaller[1]))
-        found.append((settings, lambda r: _with(_with(r, "model", smaller[0]), "loop", smaller[1])))
+        # float32 arithmetic over smaller weights would be refused
+        add(model={"dtype": "bfloat16"}, **({"loop": {"precision": "auto"}} if loop.precision == "float32" else {}))
     if not is_full(recipe.method):
         for kind in ("8bit", "4bit"):
             if model.quantize is None or QUANTIZED[kind] < QUANTIZED[model.quantize]:
-                add("model", quantize=kind)
+                add(model={"quantize": kind})
     for name in ("nlora", "inttune"):
-        if recipe.method.get("name") != name:
-            found.append(((f"method.name={name}",), _with_method(name)))
+        method = {**recipe.method, "name": name}
+        if recipe.method.get("name") != name and not problems(method):
+            found.append(((f"method.name={name}",), functools.partial(_with_method, method)))
     return found
 
 
@@ -194,14 +224,8 @@ def _with(recipe: Recipe, part: str, values: Mapping[str, Any]) -> Recipe:
     return replace(recipe, **{part: replace(getattr(recipe, part), **values)})
 
 
-def _with_method(name: str) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: replace(recipe, method=_other_method(recipe, name))
-
-
-def _other_method(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Another method of corelora on the same modules at the same rank."""
-    kept = {k: v for k, v in recipe.method.items() if k in ("r", "target_modules", "modules_to_save")}
-    return {"target_modules": "all-linear", "on_small_layer": "clip", **kept, "name": name}
+def _with_method(method: dict[str, Any], recipe: Recipe) -> Recipe:
+    return replace(recipe, method=method)
 
 
 def _peak(recipe: Recipe, config: PretrainedConfig, device: str) -> int | None:
