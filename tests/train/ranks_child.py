@@ -1,0 +1,63 @@
+"""One process of several: python -m accelerate.commands.launch ... ranks_child.py FOLDER LAUNCH NAME ...
+
+Trains FOLDER/NAME.yaml into FOLDER/LAUNCH/NAME for each name, on a CPU, and writes what it saw there to seen.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from corelora.recipe import Recipe, load_recipe
+from corelora.train import run
+
+torch.set_num_threads(1)
+
+
+def stand_in_for_gpus():
+    """accelerate shards a model only where it sees GPUs; its code is the same on gloo and a CPU, so it is told so."""
+    made = run.training_arguments
+
+    def arguments(*args):
+        settings = made(*args)
+        assert settings.world_size == 2  # the processes have met
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return settings
+
+    run.training_arguments = arguments
+
+
+def watch(seen):
+    """Note how the model is held when its training ends."""
+    ran = run.run_trainer
+
+    def run_trainer(trainer, *args):
+        metrics = ran(trainer, *args)
+        parameters = list(trainer.model_wrapped.parameters())
+        shards = [isinstance(p, DTensor) or getattr(p, "ds_tensor", p).numel() < _size(p) for p in parameters]
+        seen.update(processes=trainer.accelerator.num_processes, sharded=any(shards))
+        return metrics
+
+    run.run_trainer = run_trainer
+
+
+def _size(parameter):
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+if __name__ == "__main__":
+    folder, seen = Path(sys.argv[1]), {}
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        stand_in_for_gpus()
+    watch(seen)
+    for name in sys.argv[3:]:
+        recipe = load_recipe(Recipe, folder / f"{name}.yaml")
+        run.train(recipe, folder / sys.argv[2] / name)
+        if PartialState().is_main_process:
+            (folder / sys.argv[2] / name / "seen.json").write_text(json.dumps(seen))
+        unset_hf_deepspeed_config()  # else ZeRO-3 is on as long as this run's arguments live

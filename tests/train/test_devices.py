@@ -1,0 +1,125 @@
+"""Two processes on a CPU, launched with the shipped config files: the losses and weights of one process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import corelora
+from corelora.recipe.tree import as_data
+from corelora.train.checkpoints import newest_whole
+from corelora.train.progress import read_metrics
+from train.helpers import make_recipe, prepare_folder
+
+HERE = Path(__file__).parent
+CONFIGS = Path(corelora.__file__).parents[2] / "recipes" / "accelerate"
+METHODS = ("nlora", "inttune", "nora")
+LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
+LOOP = {"steps": 8, "log_every": 1, "save_every": 4, "test_every": 4}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CONFIGS.is_dir(), reason="recipes/ belongs to the repository, not to an installed package"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Recipes for one process and for each of two, with the same rows a step, and the runs of one process."""
+    made = prepare_folder(tmp_path_factory.mktemp("devices"))
+    for name in METHODS:
+        for processes in (1, 2):
+            loop = {**LOOP, "batch_size": 4 // processes}
+            method = {"name": name, "r": 4, "target_modules": "all-linear"}
+            recipe = make_recipe(made, method=method, loop=loop, optim={"lr": 5e-2})
+            (made / f"{name}-{processes}.yaml").write_text(yaml.safe_dump(as_data(recipe)))
+    run([sys.executable], made, "one", [f"{name}-1" for name in METHODS])
+    return made
+
+
+def run(launcher, folder, launch, names):
+    """Train in processes of their own; each launch keeps its own cache, so that it makes everything itself."""
+    paths = [str(HERE.parent), str(Path(corelora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "CORELORA_CACHE": str(folder / launch / "cache"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [*launcher, str(HERE / "ranks_child.py"), str(folder), launch, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def launch(folder, name, recipes):
+    """Two processes with a shipped config file."""
+    config = str(CONFIGS / f"{name}.yaml")
+    words = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
+    run([sys.executable, "-m", "accelerate.commands.launch", *words], folder, name, recipes)
+
+
+@pytest.fixture(scope="module")
+def launched(folder):
+    """Trains all methods with a config file once, when a test first asks for it."""
+    done = set()
+
+    def ask(name):
+        if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed")
+        if name not in done:
+            launch(folder, name, [f"{method}-2" for method in METHODS])
+            done.add(name)
+        return folder / name
+
+    return ask
+
+
+def losses(run_folder):
+    return [row.get("loss", row.get("test_loss")) for row in read_metrics(run_folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_two_processes_follow_one(launched, folder, name, method):
+    """Every loss within 1e-4 of one process with the same rows a step, the saved adapter within 1e-4, too."""
+    two, one = launched(name) / f"{method}-2", folder / "one" / f"{method}-1"
+    expected = losses(one)
+    assert losses(two) == pytest.approx(expected, abs=1e-4)
+    assert len(expected) == 11
+    assert max(expected) - min(expected) > 0.01  # there was something to follow
+    found, wanted = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (two, one))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3, msg=key)
+    seen = json.loads((two / "seen.json").read_text())
+    assert seen["processes"] == 2
+    assert seen["sharded"] == (name in ("fsdp2", "zero3"))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_two_processes_go_on_from_their_checkpoint(launched, folder, name):
+    """Results and adapter taken away and the last checkpoint broken: the launch ends as before, from step 4."""
+    target = launched(name) / "nlora-2"
+    before, weights = losses(target), load_file(target / "adapter" / "adapter_model.safetensors")
+    (target / "results.json").unlink()
+    (target / "checkpoints" / "checkpoint-8" / "trainer_state.json").write_text("{")
+    assert newest_whole(target / "checkpoints", lambda line: None).step == 4
+    launch(folder, name, ["nlora-2"])
+    assert losses(target) == pytest.approx(before, abs=1e-6)
+    for key, value in load_file(target / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(value, weights[key], atol=1e-6, rtol=1e-5, msg=key)
+
+
+def test_every_config_file_is_launched_here():
+    """A new file under recipes/accelerate needs its case above."""
+    assert {p.stem for p in CONFIGS.glob("*.yaml")} == set(LAUNCHES)
