@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 
 # One GPU: on several, the Trainer would split each small batch over them.
 quickstart: $(STAMP)  ## fine-tune SmolLM2-135M with NLoRA on word problems, before and after
-	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(RUN) -W ignore -m corelora.run.quickstart
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(RUN) -W ignore -m corelora.quickstart recipes/quickstart.yaml
 
 test: $(STAMP) lint  ## run every test that can run on this machine
 	$(PYTEST) -n 2 --dist loadfile

@@ -53,6 +53,7 @@ LAYERS = [
     ["data"],
     ["train"],
     ["evaluate", "bench"],
+    ["quickstart"],
     ["commands"],
     ["cli", "__main__"],
 ]

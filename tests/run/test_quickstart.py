@@ -1,6 +1,7 @@
 """The quick start's stages on a tiny random model with a real tokenizer made on the spot."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from peft import AutoPeftModelForCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from corelora.run import quickstart
-from corelora.run.generate import chat_prompt, replies
-from corelora.run.quickstart import Collator, Settings, encode, run
+from corelora.quickstart import run as quickstart
+from corelora.quickstart.run import Settings, run
+from corelora.recipe import Recipe, load_recipe
+from corelora.run.generate import replies
 from corelora.tasks.word_problems import TEMPLATES, training_problems
 
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
@@ -39,28 +42,6 @@ def tiny(tmp_path_factory):
     return folder, tokenizer
 
 
-def test_loss_is_on_the_reply_only(tiny):
-    _, tokenizer = tiny
-    problem = training_problems(1)[0]
-    row = encode(tokenizer, problem)
-    trained = [t for t in row["labels"] if t != -100]
-    assert len(row["labels"]) == len(row["input_ids"])
-    assert trained[-1] == tokenizer.eos_token_id, "the stop token must be trained"
-    assert "".join(tokenizer.decode([t]) for t in trained[:-1]) == problem.solution
-    prompt_length = len(row["labels"]) - len(trained)
-    assert all(t == -100 for t in row["labels"][:prompt_length])
-    ids = tokenizer(chat_prompt(tokenizer, problem.question), add_special_tokens=False)["input_ids"]
-    assert row["input_ids"][:prompt_length] == ids
-
-
-def test_padding_has_no_label_and_no_attention():
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Collator(pad_token_id=0)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-
-
 def test_batched_replies_equal_single_ones(tiny):
     folder, tokenizer = tiny
     model = LlamaForCausalLM.from_pretrained(folder).eval()
@@ -85,13 +66,19 @@ def test_replies_tell_whether_they_were_cut(tiny):
         assert reply.text.replace(" ", "") == ("" if finished else tokenizer.decode([40]) * 4)
 
 
-def test_all_stages(tiny, tmp_path, capsys):
-    """Every stage on the tiny model; what was saved loads and the adapter is left unmerged and as trained."""
-    folder, tokenizer = tiny
+@pytest.fixture
+def recipe(tiny):
+    """The shipped recipe, cut down and on the tiny model."""
+    small = ["loop.steps=3", "loop.batch_size=2", "method.r=4", "loop.save_every=2", "data.max_length=400"]
+    return load_recipe(Recipe, RECIPE, [f"model.name={tiny[0]}", *small])
+
+
+def test_all_stages(tiny, recipe, tmp_path, capsys):
+    """Every stage on the tiny model; what was saved loads, and the plain LoRA gives the adapter's logits."""
+    _, tokenizer = tiny
     out = tmp_path / "run"
-    settings = Settings(steps=3, batch_size=2, r=4, held_out=14, max_new_tokens=8, out=str(out))
-    results = run(settings, folder)
-    saved = json.loads((out / "results.json").read_text())
+    results = run(recipe, out, Settings(held_out=14, max_new_tokens=8))
+    saved = json.loads((out / "quickstart.json").read_text())
     assert saved == json.loads(json.dumps(results))
     for side in ("before", "after"):
         assert saved[side]["all"]["count"] == 14
@@ -99,8 +86,7 @@ def test_all_stages(tiny, tmp_path, capsys):
         right = sum(sample[side]["right"] for sample in saved["samples"])
         assert right == saved[side]["all"]["right"]
     assert len(saved["samples"]) == 14
-    assert saved["settings"]["seed"] == 0
-    assert set(saved["versions"]) == {"corelora", "peft", "torch", "transformers", "python"}
+    assert {"corelora", "peft", "torch", "transformers", "python"} <= set(saved["versions"])
     assert set(saved["seconds"]) == {"model", "before", "train", "after", "files", "all"}
     loaded = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
     assert loaded.active_peft_config.method == "nlora"
@@ -115,18 +101,20 @@ def test_all_stages(tiny, tmp_path, capsys):
     assert replies(loaded, tokenizer, ["How many?"], max_new_tokens=4)
 
 
-def test_a_second_run_takes_the_place_of_the_first(tiny, tmp_path):
-    """Same settings, same figures; nothing stands in the way."""
-    settings = Settings(steps=2, batch_size=2, r=4, held_out=14, max_new_tokens=4, out=str(tmp_path))
-    first, second = run(settings, tiny[0]), run(settings, tiny[0])
+def test_a_second_run_says_the_same(recipe, tmp_path):
+    """The training is not repeated in a finished folder, and its figures stay."""
+    settings = Settings(held_out=14, max_new_tokens=4)
+    first, second = run(recipe, tmp_path, settings), run(recipe, tmp_path, settings)
     for key in ("before", "after", "losses", "samples"):
         assert first[key] == second[key]
 
 
-def test_command_line_sets_what_the_settings_name(monkeypatch):
-    """Every field of Settings is an option, of the field's own type."""
+def test_command_line(monkeypatch, capsys):
+    """The shipped recipe by path, values put over it; a mistake is one message and exit code 2."""
     seen = []
-    monkeypatch.setattr(quickstart, "run", seen.append)
-    quickstart.main([])
-    quickstart.main(["--steps", "7", "--lr", "1e-4", "--held-out", "28", "--method", "lora"])
-    assert seen == [Settings(), Settings(steps=7, lr=1e-4, held_out=28, method="lora")]
+    monkeypatch.setattr(quickstart, "run", lambda recipe, out, settings: seen.append((recipe, str(out), settings)))
+    assert quickstart.main([str(RECIPE), "--set", "optim.lr=1e-4", "--held-out", "28", "--output", "x"]) == 0
+    recipe, out, settings = seen[0]
+    assert (recipe.optim.lr, recipe.method["name"], out, settings.held_out) == (1e-4, "nlora", "x", 28)
+    assert quickstart.main([str(RECIPE), "--set", "optim.rl=1"]) == 2
+    assert "optim.rl" in capsys.readouterr().err

@@ -103,6 +103,11 @@ class MetricsFile(TrainerCallback):
         """Start the clock."""
         self.began = time.perf_counter()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step is logged, also where a run is shorter than `log_every`."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One line, flushed, so that a run that dies has all lines up to there."""
         if not state.is_world_process_zero or not logs:

@@ -65,7 +65,7 @@ def next_steps(out: Path, folder: Path) -> str:
 What there is now:
   {out / "adapter"}       the adapter, with the tokenizer
   {out / "lora"}          the same as a plain LoRA, for any server that loads PEFT's LoRA
-  {out / "results.json"}  every figure and every reply, before and after
+  {out / "quickstart.json"}  every figure and every reply, before and after
 
 Load the adapter:
   import corelora
