@@ -107,7 +107,7 @@ def make_recipe(folder: Path, **parts: Any) -> Recipe:
         },
         "method": {"name": "nlora", "r": 4, "target_modules": "all-linear"},
         "optim": {"lr": 1e-3},
-        "loop": {"steps": 6, "batch_size": 4, "log_every": 2, "fast": "off"},
+        "loop": {"steps": 6, "batch_size": 4, "log_every": 2, "save_every": 100, "fast": "off"},
     }
     for name, keys in parts.items():
         replace = name == "method" or not isinstance(keys, dict)

@@ -99,8 +99,8 @@ def test_a_module_without_a_gradient_is_named(folder, tmp_path, name):
         trainer.train()
 
 
-@pytest.mark.parametrize("warmup", [0, 3, 0.5])
-@pytest.mark.parametrize("name", ["nlora", "inttune", "lora", "peft:lora", "dora", "vera", "full"])
+@pytest.mark.parametrize("warmup", [0, 0.5])
+@pytest.mark.parametrize("name", ["nlora", "inttune", "lora", "dora", "vera", "full"])
 def test_healthy_runs_pass(folder, tmp_path, name, warmup):
     """Zero starts and warm-ups that begin at a rate of zero are no mistakes."""
     method = {"name": name} | ({} if name == "full" else {"r": 4, "target_modules": ["q_proj", "v_proj"]})
