@@ -32,11 +32,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Recipes for one process and for each of two, with the same rows a step, and the runs of one process."""
+    """Recipes for one process and for each of two, with the same rows a step, and the runs of one process.
+
+    Two take the fused path wherever it fits, as on GPUs; one takes the plain products.
+    """
     made = prepare_folder(tmp_path_factory.mktemp("devices"))
     for name in METHODS:
         for processes in (1, 2):
-            loop = {**LOOP, "batch_size": 4 // processes}
+            loop = {**LOOP, "batch_size": 4 // processes, "fast": "off" if processes == 1 else "on"}
             method = {"name": name, "r": 4, "target_modules": "all-linear"}
             recipe = make_recipe(made, method=method, loop=loop, optim={"lr": 5e-2})
             (made / f"{name}-{processes}.yaml").write_text(yaml.safe_dump(as_data(recipe)))
