@@ -26,6 +26,7 @@ from corelora.train.checkpoints import (
     read_checkpoint,
     seal,
 )
+from corelora.train.dry_run import check
 from corelora.train.lock import LOCK, locked
 from corelora.train.progress import MetricsFile, read_metrics
 from corelora.train.resume import HARMLESS, changed_keys
@@ -226,6 +227,17 @@ def test_a_corrupted_newest_checkpoint_costs_its_steps_only(folder, damage, tmp_
     assert f"passed over: {newest / 'optimizer.pt'}" in told
     assert "going on after step 6" in told
     assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_room_is_asked_for_once(folder, tmp_path, monkeypatch):
+    """What the checkpoints of a run that goes on take already counts as free: it puts its own in their place."""
+    recipe = make_recipe(folder, loop=LOOP)
+    cut_off(recipe, tmp_path, monkeypatch, 6)
+    there = sum(p.stat().st_size for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    assert check(recipe, tmp_path).free == 10**6 + there
+    assert check(recipe, tmp_path / "another").free == 10**6
 
 
 def test_all_checkpoints_broken_is_a_new_beginning(folder, tmp_path, monkeypatch, capsys):

@@ -124,6 +124,17 @@ def test_what_counts_as_out_of_memory(error, wanted):
     assert is_out_of_memory(error) is wanted
 
 
+def test_a_model_moves_only_where_room_is_left(monkeypatch):
+    """800 bytes of parameters and buffers need more than 1000."""
+    model = torch.nn.BatchNorm1d(50, dtype=torch.float32)
+    model.num_batches_tracked = None
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "room", lambda device: 1001)
+    assert memory.fits(model, cpu)
+    monkeypatch.setattr(memory, "room", lambda device: 1000)
+    assert not memory.fits(model, cpu)
+
+
 def test_a_run_out_of_memory_ends_with_advice(folder, tmp_path, monkeypatch):
     """A step that really asks for more than there is."""
     recipe, _ = sizes(folder, loop={"steps": 2})

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:  # here, so that the other commands need none of its packages, nor the time to import them
         from corelora.train.dry_run import plan
+        from corelora.train.processes import is_main
         from corelora.train.run import train
         from corelora.train.story import next_steps
     except ModuleNotFoundError as error:
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nNothing is wrong. Next: corelora train {path} --output {output}")
         return 0
     results = train(recipe, output)
+    if not is_main():
+        return 0
     if arguments.json:
         print_json(results)
     else:

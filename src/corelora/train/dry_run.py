@@ -19,6 +19,7 @@ from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
 from corelora.train import classify, instruct  # noqa: F401  (they register themselves)
 from corelora.train.arguments import precision_problems, weight_dtype
+from corelora.train.folder import RunFolder
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
 from corelora.train.methods import is_full
 from corelora.train.methods import problems as method_problems
@@ -176,13 +177,18 @@ def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: P
         parameters=sum(p.numel() for p in model.parameters()),
         trained_bytes=size,
         disk=size * (STATES * (recipe.loop.keep + 1) + 1),  # one more than is kept, while it is written
-        free=shutil.disk_usage(_existing(output)).free,
+        free=shutil.disk_usage(_existing(output)).free + _replaced(output),
     )
 
 
 def _reporter_problems(recipe: Recipe) -> list[str]:
     missing = [name for name in recipe.loop.report_to if importlib.util.find_spec(name) is None]
     return [f"loop.report_to: {name} is not installed. Install it with: pip install {name}" for name in missing]
+
+
+def _replaced(output: Path) -> int:
+    """Bytes of the checkpoints that are there already: a run that goes on puts its own in their place."""
+    return sum(p.stat().st_size for p in RunFolder(output).checkpoints.rglob("*") if p.is_file())
 
 
 def _folder_problems(output: Path) -> list[str]:

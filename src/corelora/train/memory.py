@@ -104,10 +104,16 @@ def step_memory(recipe: Recipe, config: PretrainedConfig, device: str) -> StepMe
 
 
 def room(device: str) -> int:
-    """Bytes that a step may take on this machine."""
+    """Bytes that a step may take on this machine: of a GPU, what other processes leave."""
     if device == "cuda":
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory - RESERVE
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - RESERVE
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fits(model: nn.Module, device: torch.device) -> bool:
+    """Whether a whole model leaves a fifth of the device's memory free, enough to run it without gradients."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(t.numel() * t.element_size() for t in tensors) < 0.8 * room(device.type)
 
 
 def changes_that_fit(recipe: Recipe, config: PretrainedConfig, device: str, space: int) -> list[Change]:

@@ -29,6 +29,11 @@ def meet() -> None:
     PartialState(**options)
 
 
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return PartialState().is_main_process
+
+
 def placement() -> dict[str, Any]:
     """TrainingArguments' settings of where to compute.
 
@@ -49,7 +54,7 @@ def placement() -> dict[str, Any]:
 def on_main(function: Callable[[], T]) -> T:
     """Call a function on the main process; its result, or its CoreLoraError, is every process's."""
     box: list[Any] = [None, None]
-    if PartialState().is_main_process:
+    if is_main():
         try:
             box[0] = function()
         except CoreLoraError as error:

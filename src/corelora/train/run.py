@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import PeftConfig, get_peft_model
 from transformers import PretrainedConfig, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -24,12 +23,12 @@ from corelora.train.arguments import training_arguments
 from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
-from corelora.train.memory import explain, is_out_of_memory
+from corelora.train.memory import explain, fits, is_out_of_memory
 from corelora.train.methods import adapter_config, needs_stats
 from corelora.train.models import head_names, load_model, load_tokenizer
 from corelora.train.plots import loss_curve
-from corelora.train.processes import meet
-from corelora.train.progress import MetricsFile, ProgressBar, read_metrics
+from corelora.train.processes import is_main, meet
+from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
 from corelora.train.resume import Standing, held
 from corelora.train.start_from import load_start, weights_folder
 from corelora.train.statistics import run_stats
@@ -50,11 +49,6 @@ class Run:
     tokenizer: Any
     rows: dict[str, Rows]  # "train", and "test" where the recipe has it
     collator: Any
-
-    @property
-    def is_main(self) -> bool:
-        """This is the process that writes files."""
-        return PartialState().is_main_process
 
     @property
     def about(self) -> dict[str, Any]:
@@ -97,10 +91,11 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
 def make(recipe: Recipe, folder: RunFolder, standing: Standing) -> dict[str, Any]:
     """Train from where the run stands to its end; the folder is held."""
     began = time.perf_counter()
+    forget_memory()
     facts = check(recipe, folder.root)
     run = prepare(recipe, facts.config, folder)
     standing.check_same(run.about)
-    if run.is_main:
+    if is_main():
         folder.begin(recipe)
     with memory_advice(run):
         model = build_model(run)
@@ -172,8 +167,8 @@ def build_model(run: Run) -> Any:
 
 
 def collect(run: Run, model: Any) -> Any:
-    """Input statistics of the model, where it will train if it can be moved there."""
-    if run.recipe.model.quantize is None and not run.arguments.fsdp:
+    """Input statistics of the model, where it will train if it can be moved there whole."""
+    if run.recipe.model.quantize is None and fits(model, run.arguments.device):
         model.to(run.arguments.device)
     targets = run.recipe.method.get("target_modules")
     return run_stats(model, run.rows["train"], run.collator, run.recipe.stats, targets)
