@@ -27,6 +27,12 @@ def memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
+def forget_memory() -> None:
+    """Let the GPU's peak begin anew, so that a second run in one process does not report the first one's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 class ProgressBar(TrainerCallback):
     """A bar over the steps with loss, tokens a second and memory (tqdm adds the time left); one more while testing."""
 
