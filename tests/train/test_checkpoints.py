@@ -240,6 +240,17 @@ def test_room_is_asked_for_once(folder, tmp_path, monkeypatch):
     assert check(recipe, tmp_path / "another").free == 10**6
 
 
+def test_other_versions_are_told(folder, tmp_path, monkeypatch, capsys):
+    """The run goes on, and says what its figures depend on and has changed."""
+    recipe = make_recipe(folder, loop=LOOP)
+    cut_off(recipe, tmp_path, monkeypatch, 6)
+    path = tmp_path / "versions.json"
+    now = json.loads(path.read_text())["torch"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0", "datasets": "1.0"}))
+    train(recipe, tmp_path)
+    assert f"goes on but not bit for bit: torch 1.0 -> {now}\n" in capsys.readouterr().err
+
+
 def test_all_checkpoints_broken_is_a_new_beginning(folder, tmp_path, monkeypatch, capsys):
     """It says so, and the metrics begin anew."""
     recipe = make_recipe(folder, loop=LOOP)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import corelora
 from corelora.recipe.tree import as_data
 from corelora.train.checkpoints import newest_whole
 from corelora.train.progress import read_metrics
+from corelora.train.resume import HARMLESS
 from train.helpers import make_recipe, prepare_folder
 
 HERE = Path(__file__).parent
@@ -126,3 +128,34 @@ def test_two_processes_go_on_from_their_checkpoint(launched, folder, name):
 def test_every_config_file_is_launched_here():
     """A new file under recipes/accelerate needs its case above."""
     assert {p.stem for p in CONFIGS.glob("*.yaml")} == set(LAUNCHES)
+
+
+def test_the_documents_name_every_config_file():
+    """docs/many-devices.md has a command line for each, and the keys of docs/resume.md are those that may differ."""
+    docs = CONFIGS.parents[1] / "docs"
+    page = (docs / "many-devices.md").read_text()
+    for name in LAUNCHES:
+        assert f"accelerate launch --config_file recipes/accelerate/{name}.yaml" in page
+    harmless = (docs / "resume.md").read_text().split("every key that differs.")[1].split("may differ")[0]
+    assert set(re.findall(r"`([a-z_.]+)`", harmless)) == set(HARMLESS)
+
+
+def test_the_fsdp2_benchmark_on_a_cpu():
+    """The script for GPUs, with tiny sizes: one process and two, and what they print."""
+    script = CONFIGS.parents[1] / "benchmarks" / "fsdp2.py"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script), "--tiny"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two, ratio = (json.loads(line) for line in done.stdout.splitlines())
+    assert (one["devices"], one["sharded"], two["devices"], two["sharded"]) == (1, False, 2, True)
+    assert two["loss"] == pytest.approx(one["loss"], abs=0.05)
+    assert two["trained"] == one["trained"]
+    expected = two["tokens_per_second"] / one["tokens_per_second"]
+    assert ratio["ratio"] == pytest.approx(expected, rel=0.01)
