@@ -7,6 +7,7 @@ import yaml
 
 from corelora.cli import main
 from corelora.recipe.tree import as_data
+from corelora.train import run as run_module
 from train.helpers import make_recipe
 
 
@@ -30,6 +31,21 @@ def test_json(recipe_file, tmp_path, capsys):
     assert main(["train", str(recipe_file), "--output", str(tmp_path / "run"), "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_standard_output_has_results_only(recipe_file, tmp_path, capsys, monkeypatch):
+    """What a library prints while it trains goes where the bars are."""
+    made = run_module.train
+
+    def chatty(*args):
+        print("a library speaks")
+        return made(*args)
+
+    monkeypatch.setattr(run_module, "train", chatty)
+    assert main(["train", str(recipe_file), "--output", str(tmp_path / "run"), "--set", "loop.steps=1", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["steps"] == 1
+    assert "a library speaks" in said.err
 
 
 def test_a_dry_run_writes_nothing(recipe_file, tmp_path, capsys):

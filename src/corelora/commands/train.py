@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from corelora.commands.output import print_json
@@ -43,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(plan(recipe, output))
         print(f"\nNothing is wrong. Next: corelora train {path} --output {output}")
         return 0
-    results = train(recipe, output)
+    with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to standard output
+        results = train(recipe, output)
     if not is_main():
         return 0
     if arguments.json:
