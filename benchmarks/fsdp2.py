@@ -30,6 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from corelora.bench.measure import Device, Spread
 from corelora.bench.peers import Ranks, adapt_core
 from corelora.bench.shapes import random_model, shape_config
+from corelora.kernels.fast import set_fast
 
 TINY = {"model": "tiny", "r": 4, "batch": 2, "length": 16, "steps": 3, "warmup": 1, "rounds": 1, "device": "cpu"}
 RATE = 1e-4
@@ -103,6 +104,7 @@ def visit(request: Request) -> None:
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     device = Device(request.device)
+    set_fast("on")  # on a CPU as on GPUs
     torch.manual_seed(0)  # the same weights everywhere: each process keeps its part of them
     model = _adapted(request)
     if world > 1:

@@ -18,11 +18,12 @@ from corelora.recipe.tree import as_data
 from corelora.train.checkpoints import newest_whole
 from corelora.train.progress import read_metrics
 from corelora.train.resume import HARMLESS
-from train.helpers import make_recipe, prepare_folder
+from train.helpers import make_recipe, prepare_folder, save_bert, write_rows
 
 HERE = Path(__file__).parent
 CONFIGS = Path(corelora.__file__).parents[2] / "recipes" / "accelerate"
 METHODS = ("nlora", "inttune", "nora")
+OTHERS = ("packed", "full", "classifier")  # whatever else reads the weights before the first step
 LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
 LOOP = {"steps": 8, "log_every": 1, "save_every": 4, "test_every": 4}
 
@@ -39,14 +40,32 @@ def folder(tmp_path_factory):
     Two take the fused path wherever it fits, as on GPUs; one takes the plain products.
     """
     made = prepare_folder(tmp_path_factory.mktemp("devices"))
-    for name in METHODS:
+    for name in (*METHODS, *OTHERS):
         for processes in (1, 2):
             loop = {**LOOP, "batch_size": 4 // processes, "fast": "off" if processes == 1 else "on"}
-            method = {"name": name, "r": 4, "target_modules": "all-linear"}
-            recipe = make_recipe(made, method=method, loop=loop, optim={"lr": 5e-2})
+            loop |= {"steps": 2, "test_every": None} if name in OTHERS else {}
+            recipe = make_recipe(made, loop=loop, optim={"lr": 5e-2}, **parts_of(name, made))
             (made / f"{name}-{processes}.yaml").write_text(yaml.safe_dump(as_data(recipe)))
-    run([sys.executable], made, "one", [f"{name}-1" for name in METHODS])
+    run([sys.executable], made, "one", [f"{name}-1" for name in (*METHODS, *OTHERS)])
     return made
+
+
+def parts_of(name, folder):
+    """What a recipe has beside the loop."""
+    if name == "packed":
+        return {"data": {"packing": True}}
+    if name == "full":
+        return {"method": {"name": "full"}}
+    if name in METHODS:
+        return {"method": {"name": name, "r": 4, "target_modules": "all-linear"}}
+    pairs = [{"sentence": f"row {n} is {'good' if n % 2 else 'bad'}", "label": n % 2, "idx": n} for n in range(24)]
+    rows = {"path": str(write_rows(folder / "sst2.jsonl", pairs))}
+    return {
+        "task": "classify",
+        "model": {"name": str(save_bert(folder / "bert"))},
+        "data": {"form": "sst2", "train": rows, "test": rows},
+        "method": {"name": "nora", "r": 4, "target_modules": ["query", "value"]},
+    }
 
 
 def run(launcher, folder, launch, names):
@@ -82,7 +101,7 @@ def launched(folder):
         if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("DeepSpeed is not installed")
         if name not in done:
-            launch(folder, name, [f"{method}-2" for method in METHODS])
+            launch(folder, name, [f"{run}-2" for run in (*METHODS, *(OTHERS if name == "zero3" else ()))])
             done.add(name)
         return folder / name
 
@@ -109,6 +128,12 @@ def test_two_processes_follow_one(launched, folder, name, method):
     seen = json.loads((two / "seen.json").read_text())
     assert seen["processes"] == 2
     assert seen["sharded"] == (name in ("fsdp2", "zero3"))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_zero3_follows_wherever_weights_are_read(launched, folder, name):
+    """Packing looks at the model before it trains, full training saves all of it, an encoder has other modules."""
+    assert losses(launched("zero3") / f"{name}-2") == pytest.approx(losses(folder / "one" / f"{name}-1"), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])

@@ -31,7 +31,7 @@ from corelora.train.processes import is_main, meet
 from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
 from corelora.train.resume import Standing, held
 from corelora.train.start_from import load_start, weights_folder
-from corelora.train.statistics import run_stats
+from corelora.train.statistics import gathered_in_turn, run_stats
 from corelora.train.story import say, shortened
 from corelora.train.tasks import TASKS, Rows, Task
 from corelora.train.watch import AdaLoraSteps, first_steps, marked
@@ -156,7 +156,8 @@ def build_model(run: Run) -> Any:
     model = load_model(part, run.config, run.task.auto_class, recipe.loop.checkpointing, source)
     if run.config.pad_token_id is None:
         model.config.pad_token_id = run.tokenizer.pad_token_id  # a classifier looks for the last token before it
-    raise_all(run.task.model_problems(recipe, model, run.collator), "recipe")
+    with gathered_in_turn(model):
+        raise_all(run.task.model_problems(recipe, model, run.collator), "recipe")
     method = dict(recipe.method)
     if needs_stats(method):
         method["stats"] = collect(run, model)

@@ -59,9 +59,14 @@ def run_stats(model: nn.Module, rows: Rows, collate: Any, part: StatsPart, targe
 def gathered_in_turn(model: nn.Module) -> Iterator[None]:
     """Let a model that ZeRO-3 has shared out, and no engine runs yet, compute: each module is gathered for its pass.
 
+    Without ZeRO-3 nothing happens.
+
     Args:
         model: all processes run it on the same batches.
     """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
     open_ones: list[AbstractContextManager[None]] = []
 
     def before(module: nn.Module, args: Any) -> None:
