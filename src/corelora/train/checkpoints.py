@@ -167,8 +167,9 @@ class Running:
     total: float = 0.0
 
     def add(self, loss: Tensor) -> None:
-        """One more forward pass."""
-        self.loss = loss.detach().clone() if self.loss is None else self.loss + loss.detach()
+        """One more forward pass; bfloat16 would not hold the sum of many."""
+        new = loss.detach().float()
+        self.loss = new if self.loss is None else self.loss + new
 
     def as_data(self) -> dict[str, float | int]:
         """JSON holds a float32 exactly."""
