@@ -103,7 +103,28 @@ def plan() -> str:
     return f"`corelora plan llama --r 128`: {what}; counted and estimated, not measured.\n\n" + _table(header, rows)
 
 
+def training(task: str, metric: str, percent: bool) -> Callable[[], str]:
+    """Runs of recipes on one task, by method and rate."""
+
+    def made() -> str:
+        runs = json.loads((RESULTS / "training-h100.json").read_text())["runs"]
+        rows = []
+        for run in runs:
+            if run["task"] == task:
+                value = run.get(metric)
+                shown = run["failed"] if value is None else f"{100 * value:.1f}" if percent else f"{value:.4f}"
+                trained = f"{run['trained']:,}" if "trained" in run else "-"
+                rows.append([run["method"], f"{run['lr']:g}", trained, shown])
+        return _table(["method", "lr", "trained", metric.removeprefix("test_").replace("_", " ")], rows)
+
+    return made
+
+
 TABLES = {
+    "train-gsm8k": training("gsm8k", "test_loss", percent=False),
+    "train-sst2": training("sst2", "test_accuracy", percent=True),
+    "train-cola": training("cola", "test_matthews_correlation", percent=True),
+    "train-stsb": training("stsb", "test_pearson", percent=True),
     "methods": methods,
     "early-runs": early_runs,
     "plan": plan,
