@@ -48,7 +48,7 @@ _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*(-?[\d.,]+)\s*\}")
 # A sign counts where it cannot be a minus between two numbers: at the start or behind a blank, bracket, $ or =.
 _VALUE = re.compile(
-    rf"(?P<sign>(?<![\w)\]])[-−–]\s?)?\$?\s?(?P<sign2>-)?(?P<top>{_NUMBER})(?:\s?/\s?(?P<low>{_NUMBER}))?"
+    rf"(?P<sign>(?<![\w)\]])[-−–]\s?)?(?:\$\s?(?P<sign2>-)?)?(?P<top>{_NUMBER})(?:\s?/\s?(?P<low>{_NUMBER}))?"
 )
 _MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s?/\s?(\d+)(?![\d/])")
 
