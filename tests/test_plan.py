@@ -353,17 +353,20 @@ def test_memory_estimate_on_a_gpu(method, hidden):
 def test_memory_differences_measured_on_an_h100():
     """LLaMA-2-7B shapes, 8 x 512 tokens: what methods need more than IntTune, against the allocator's own figures.
 
-    docs/results/step-h100.json has peaks over a frozen base, bfloat16 adapters and optimiser states.
+    The result files have peaks over a frozen base, bfloat16 adapters and optimiser states; the second one is of the
+    kernels as they are now, without PEFT's and our LoRA.
     """
-    rows = json.loads((RESULTS / "step-h100.json").read_text())["rows"]
-    measured = {r["name"]: r["gib_over_base"] for r in rows}
+    measured = {}
+    for name in ("step-h100.jsonl", "step-h100-again.jsonl"):
+        lines = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+        measured |= {r["name"]: r["gib_over_base"] for r in lines if r["kind"] == "result"}
     peaks = {}
     for name, method in {"IntTune": "inttune", "NoRA": "nora", "LoRA": "lora", "SLoRA": "slora"}.items():
         model = on_meta(LLAMA_2_7B, method, r=128, inner_r=32)
         model.enable_input_require_grads()
         peaks[name] = StepSimulator(model).measure(Step(batch=8, length=512)).peak / GIB
     for name in ("NoRA", "LoRA", "SLoRA"):
-        expected = measured[name] - measured["IntTune"]
+        expected = measured[name.lower()] - measured["inttune"]
         print(f"{name}: planned {peaks[name] - peaks['IntTune']:.3f}, measured {expected:.3f} GiB more than IntTune")
         assert peaks[name] - peaks["IntTune"] == pytest.approx(expected, rel=0.02, abs=0.01)
 

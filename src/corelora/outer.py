@@ -129,9 +129,9 @@ def truncated_svd(W: Tensor, r: int, solver: str, generator: torch.Generator) ->
     Args:
         W: float32 matrix.
         r: number of triplets, at most min(o, i).
-        solver: "exact"; "randomized" (range finder with power iterations, Halko 2011, seeded; on weights of language models
-            it keeps at least 99.9 % of the energy that the exact one keeps); or "auto", which takes the randomised one where it saves work (r
-            at most a quarter of a side of at least 1,024).
+        solver: "exact"; "randomized" (range finder with power iterations, Halko 2011, seeded; on weights of language
+            models it keeps at least 99.9 % of the energy that the exact one keeps); or "auto", which takes the
+            randomised one where it saves work (r at most a quarter of a side of at least 1,024).
         generator: for the randomised solver's test matrix.
 
     The sign of each triplet is set so that the largest entry of each row of Vh is positive: decompositions on two

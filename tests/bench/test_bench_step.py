@@ -121,7 +121,7 @@ def test_a_step_trains():
 
 def test_paths_are_what_they_say(monkeypatch):
     """NAME takes the fused path in every adapted layer, NAME:reference in none, and the mode is put back."""
-    calls = []
+    calls, mode = [], corelora.kernels.fast._mode
     fused = corelora.tuner_layer.fused_forward
     monkeypatch.setattr(corelora.tuner_layer, "fused_forward", lambda *a: calls.append(1) or fused(*a))
     for name, expected in (("nora", 14), ("nora:reference", 0), ("peft_lora", 0)):
@@ -131,7 +131,7 @@ def test_paths_are_what_they_say(monkeypatch):
         with variant.peer.running("cpu", torch.float32):
             variant.step(measured.ids)
         assert len(calls) == expected, name
-    assert corelora.kernels.fast._mode == "auto"
+    assert corelora.kernels.fast._mode == mode
 
 
 def test_gradient_checkpointing_reaches_every_variant():

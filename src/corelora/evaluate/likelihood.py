@@ -43,7 +43,9 @@ def run_likelihood(job: Job) -> Outcome:
     """Score every answer of every row; outputs are kept in blocks of rows of like length."""
     data = job.data
     parts = [choice_texts(row) for row in data]
-    ids, prompts = job.ids(len(data)), job.prompts([{**r, "question": p[0]} for r, p in zip(data, parts, strict=True)])
+    asked = job.prompts([{**row, "question": part[0]} for row, part in zip(data, parts, strict=True)])
+    # Without a blank at its end: the harness would count one as the answer's.
+    ids, prompts = job.ids(len(data)), [prompt.rstrip() for prompt in asked]
     size = job.settings.batch_size
     lm = HFLM(pretrained=job.model, tokenizer=job.tokenizer, batch_size=size)
     lengths = [len(p) for p in prompts]

@@ -28,7 +28,6 @@ KIND_MODULES = {
     "likelihood": "likelihood",
     "classify": "classify",
     "harness": "harness",
-    "judge": "judged",
 }
 
 
