@@ -55,10 +55,15 @@ class _Transformers:
         self.job = job
 
     def __call__(self, prompts: Sequence[str], writing: Writing, ids: Sequence[str]) -> list[Any]:
-        if writing.temperature:  # what is drawn for a batch depends on the batch alone, not on what came before it
-            name = f"{self.job.settings.seed} {' '.join(ids)}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
+        if writing.temperature:
+            seed_by(self.job.settings.seed, ids)
         return write_batch(self.job.model, self.job.tokenizer, prompts, writing)
+
+
+def seed_by(seed: int, ids: Sequence[str]) -> None:
+    """Set the random state for a batch: what is drawn for it depends on the batch alone, not on what came before."""
+    name = f"{seed} {' '.join(ids)}"
+    torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
 
 
 def run_generate(job: Job) -> Outcome:

@@ -28,6 +28,7 @@ KIND_MODULES = {
     "likelihood": "likelihood",
     "classify": "classify",
     "harness": "harness",
+    "judge": "mt_bench",
 }
 
 

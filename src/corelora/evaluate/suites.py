@@ -36,7 +36,7 @@ class SuiteTask:
 class Protocol:
     """How a suite is asked and judged."""
 
-    kind: str = setting("generate, code, likelihood, classify or harness.")
+    kind: str = setting("generate, code, likelihood, classify, harness or judge.")
     prompt: str = setting("Prompt around a question: paper, chat, plain.", "paper", choices=("paper", "chat", "plain"))
     question: str = setting("The question, made from a row's columns: `{question}`.", "{question}")
     readers: list[str] = setting("Answer readers (tasks/answers.py); the first gives the suite's score.", list)
