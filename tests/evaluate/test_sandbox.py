@@ -150,6 +150,19 @@ def looks():
     assert outcome.passed, outcome.why
 
 
+def test_an_environment_below_tmp(kind, tmp_path, monkeypatch):
+    """Python's folders may lie below /tmp: they are shown on top of the sandbox's own, read-only."""
+    file = tmp_path / "x"
+    file.write_text("1")
+    tmp_path.chmod(0o755)  # as an environment is; the program is another user
+    visible = [*sandbox._visible(), str(tmp_path)]
+    monkeypatch.setattr(sandbox, "_visible", lambda: visible)
+    code = f"def read():\n    return open({str(file)!r}).read()\ndef write():\n    open({str(file)!r}, 'w')"
+    tests = "assert read() == '1'\ntry:\n    write()\n    assert False\nexcept OSError:\n    pass"
+    outcome = run_programs([Program(code, tests)], LIMITS, kind=kind)[0]
+    assert outcome.passed, outcome.why
+
+
 def test_disk_is_limited(kind):
     code = "def f(x):\n    with open('/tmp/x', 'wb') as h:\n        for _ in range(200):\n            h.write(bytes(x))"
     outcome = run_programs([Program(code, "f(1 << 20)")], LIMITS, kind=kind)[0]

@@ -189,8 +189,7 @@ class _Bench:
             why = f"no verdict within {self.limits.seconds:g} s"
         elif why.startswith("no answer"):
             why = _ending(runner) or why
-        runner.kill()
-        runner.communicate()
+        _end(runner)
         passed = answer is not None and answer.get("passed") is True
         return Outcome(passed, why, round(time.monotonic() - began, 3))
 
@@ -259,16 +258,25 @@ class _Judge:
     def stop(self) -> None:
         """End it and everything below it."""
         self.control.close()
-        self.process.kill()
-        self.process.communicate()
+        _end(self.process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a process, if it still runs, and wait for it."""
+    process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def _ending(runner: subprocess.Popen) -> str:
     """How the watcher saw a program end, in words; empty where it is still running."""
     try:
-        said = runner.communicate(timeout=2)[0].decode(errors="replace").strip()
+        runner.wait(timeout=2)
     except subprocess.TimeoutExpired:
         return ""
+    assert runner.stdout is not None
+    said = runner.stdout.read().decode(errors="replace").strip()
     if said.startswith("setup "):
         raise OSError(f"the sandbox could not be set up: {said[6:]}")
     if said.startswith("exit "):
@@ -305,8 +313,9 @@ def _bubblewrap(command: list[str], limits: Limits) -> list[str]:
     """The command inside bwrap, with the same view of the file system."""
     words = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
     words += ["--cap-drop", "ALL", "--uid", "1000", "--gid", "1000"]
+    # /tmp first: an environment may lie below it.
+    words += ["--size", str(limits.disk_mb << 20), "--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev"]
     for path in _visible():
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    words += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.disk_mb << 20), "--tmpfs", "/tmp"]
     words += ["--remount-ro", "/"]
     return [*words, "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8", "--chdir", "/tmp", *command]

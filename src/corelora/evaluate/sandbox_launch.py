@@ -85,12 +85,13 @@ def build_root(config: dict[str, Any]) -> None:
     root = config["root"]
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    # Before what is shown from outside: an environment may lie below /tmp itself.
+    os.makedirs(root + "/tmp")
+    mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={config['disk_mb']}m,mode=1777")
     for path in config["visible"]:
         bind(path, root, MS_RDONLY | MS_NOSUID | MS_NODEV)
     for path in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
         bind(path, root, MS_NOSUID)
-    os.makedirs(root + "/tmp")
-    mount("tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={config['disk_mb']}m,mode=1777")
     os.makedirs(root + "/proc")
     mount("proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.makedirs(root + "/old")
