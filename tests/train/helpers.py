@@ -18,7 +18,6 @@ from transformers import (
 
 from corelora.recipe import Recipe, read_tree
 from corelora.train.folder import RunFolder
-from corelora.train.models import load_model_config
 from corelora.train.resume import Standing
 from corelora.train.run import Run, build_model, build_trainer, prepare
 from corelora.train.tasks import TASKS
@@ -121,7 +120,7 @@ def make_recipe(folder: Path, **parts: Any) -> Recipe:
 def run_of(recipe: Recipe, output: Path) -> Run:
     """What a run holds before its model."""
     task = TASKS[recipe.task]
-    return prepare(recipe, load_model_config(recipe.model, **task.config_settings(recipe)), RunFolder(output))
+    return prepare(recipe, task.load_config(recipe), RunFolder(output))
 
 
 def trainer_of(recipe: Recipe, output: Path) -> Any:

@@ -24,10 +24,6 @@ class Plain(Task):
 
     task_type = "CAUSAL_LM"
     auto_class = AutoModelForCausalLM
-    has_head = False
-
-    def config_settings(self, recipe):
-        return {}
 
     def problems(self, recipe):
         return []
@@ -51,12 +47,6 @@ class Plain(Task):
 
     def trainer_class(self):
         return ReplyTrainer
-
-    def row_problems(self, rows, tokenizer, stop_ids):
-        return []
-
-    def model_problems(self, recipe, model, collator):
-        return []
 
     def sample(self, row, tokenizer):
         return [(tokenizer.decode(row["input_ids"]), True)]

@@ -1,5 +1,7 @@
 """Before and in the first steps: the sample, the stop token, modules that don't learn."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -27,6 +29,9 @@ def test_the_sample_is_shown_before_the_first_step(folder, tmp_path, capsys):
     assert text == "[[Itis0.</s>"  # the first row: 0 + 0
 
 
+STOPS = SimpleNamespace(eos_token_id=1)  # of a model's config
+
+
 @pytest.fixture
 def rows():
     """Rows as the task gets them: prompt 7 8, reply 9, stop 1."""
@@ -39,10 +44,11 @@ def rows():
 
 def test_a_stop_token_that_is_not_trained_is_an_error(rows, tmp_path):
     task, tokenizer = TASKS["instruct"], save_tokenizer(tmp_path)
-    assert task.row_problems(rows([-100, -100, 9, 1]), tokenizer, {1}) == []
-    [problem] = task.row_problems(rows([-100, -100, 9, -100], [-100, 8, 9, -100]), tokenizer, {1})
+    assert task.row_problems(rows([-100, -100, 9, 1]), tokenizer, STOPS) == []
+    [problem] = task.row_problems(rows([-100, -100, 9, -100], [-100, 8, 9, -100]), tokenizer, STOPS)
     assert "none of the first 2 rows trains a stop token ('</s>')" in problem
-    [problem] = task.row_problems(rows([-100, -100, 9, 1]), tokenizer, set())
+    tokenizer.eos_token = None
+    [problem] = task.row_problems(rows([-100, -100, 9, 1]), tokenizer, SimpleNamespace(eos_token_id=None))
     assert "the tokenizer has none" in problem
 
 
@@ -50,9 +56,9 @@ def test_rows_that_are_cut_do_not_count_for_the_stop_token(tmp_path):
     """The longest rows were cut and lost it; the shorter ones decide."""
     task, tokenizer = TASKS["instruct"], save_tokenizer(tmp_path)
     cut, whole = {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}, {"input_ids": [7, 1], "labels": [7, 1]}
-    assert task.row_problems(Rows(dataset=Dataset.from_list([cut, whole])), tokenizer, {1}) == []
+    assert task.row_problems(Rows(dataset=Dataset.from_list([cut, whole])), tokenizer, STOPS) == []
     bad = {"input_ids": [7, 8], "labels": [7, 8]}
-    assert task.row_problems(Rows(dataset=Dataset.from_list([cut, bad])), tokenizer, {1})
+    assert task.row_problems(Rows(dataset=Dataset.from_list([cut, bad])), tokenizer, STOPS)
 
 
 class Freeze(TrainerCallback):

@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+)
 
 from corelora.data.check import check_data
 from corelora.data.glue import GLUE, REGRESS, encode_pairs, metrics
 from corelora.recipe import Recipe
+from corelora.train.models import head_names
 from corelora.train.tasks import TASKS, Rows, Task, as_rows
 from corelora.train.trainer import LabelTrainer
 
@@ -22,7 +29,6 @@ class Classify(Task):
     name = "classify"
     task_type = "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification
-    has_head = True
 
     def config_settings(self, recipe: Recipe) -> dict[str, Any]:
         """As many outputs as the task has labels; one, with a squared loss, for a regression."""
@@ -31,17 +37,29 @@ class Classify(Task):
         labels = {"id2label": names, "label2id": {label: n for n, label in names.items()}}
         return {"num_labels": len(task.labels), "problem_type": task.kind, **labels}
 
+    def load_model(self, recipe: Recipe, config: Any, processor: Any, source: str | None) -> nn.Module:
+        """With a padding token in its config: a decoder looks for the last token before it."""
+        model = super().load_model(recipe, config, processor, source)
+        assert isinstance(model, PreTrainedModel)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
+        return model
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """The classifier."""
+        return head_names(model)
+
     def problems(self, recipe: Recipe) -> list[str]:
         """Missing files and columns, unknown tasks."""
         return check_data(recipe.data, self.name)
 
-    def encode(self, recipe: Recipe, which: str, tokenizer: Any) -> Rows:
+    def encode(self, recipe: Recipe, which: str, processor: Any) -> Rows:
         """Token ids and labels of the rows; cached, once for all processes."""
-        return as_rows(encode_pairs(recipe.data, which, tokenizer, recipe.loop.seed))
+        return as_rows(encode_pairs(recipe.data, which, processor, recipe.loop.seed))
 
-    def collator(self, recipe: Recipe, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
+    def collator(self, recipe: Recipe, processor: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Pads to the longest row of the batch."""
-        return DataCollatorWithPadding(tokenizer)
+        return DataCollatorWithPadding(processor)
 
     def measure(self, recipe: Recipe) -> Callable[[Any], dict[str, float]]:
         """The mean loss of a row and the task's metrics."""
@@ -61,17 +79,9 @@ class Classify(Task):
         """Predictions of all rows."""
         return LabelTrainer
 
-    def sample(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
+    def sample(self, row: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
         """The row's text, and its label as what is trained."""
-        return [(f"{tokenizer.decode(row['input_ids'])} -> label ", False), (str(row["labels"]), True)]
-
-    def row_problems(self, rows: Rows, tokenizer: Any, stop_ids: set[int]) -> list[str]:
-        """Nothing beyond what reading the rows checks: a label has no stop token."""
-        return []
-
-    def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
-        """Nothing: rows of a batch don't meet."""
-        return []
+        return [(f"{processor.decode(row['input_ids'])} -> label ", False), (str(row["labels"]), True)]
 
 
 TASKS.add(Classify.name, Classify())

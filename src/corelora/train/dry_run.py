@@ -73,9 +73,9 @@ def check(recipe: Recipe, output: Path) -> Facts:
     data = TASKS[recipe.task].problems(recipe) if recipe.task in TASKS else []
     found += data
     config = None
-    settings = TASKS[recipe.task].config_settings(recipe) if recipe.task in TASKS and not data else {}
     try:
-        config = load_model_config(recipe.model, **settings)
+        known = recipe.task in TASKS and not data
+        config = TASKS[recipe.task].load_config(recipe) if known else load_model_config(recipe.model)
     except CoreLoraError as error:
         found.append(str(error))
     found += precision_problems(recipe, config)

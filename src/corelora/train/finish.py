@@ -14,13 +14,13 @@ from corelora.recipe.tree import as_data
 from corelora.train.folder import RunFolder, versions
 from corelora.train.methods import is_full
 from corelora.train.progress import memory_bytes
-from corelora.train.tasks import Rows
+from corelora.train.tasks import TASKS, Rows
 
 NOT_FIGURES = ("_runtime", "_per_second", "_preparation_time")
 
 
-def save_weights(trainer: Any, folder: RunFolder, tokenizer: Any, recipe: Recipe) -> None:
-    """Write adapter/ (or model/) with the tokenizer; on all processes, as sharded weights are gathered."""
+def save_weights(trainer: Any, folder: RunFolder, processor: Any, recipe: Recipe) -> None:
+    """Write adapter/ (or model/) with the tokenizer or processor; on all processes, as sharded weights are gathered."""
     state = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -29,10 +29,7 @@ def save_weights(trainer: Any, folder: RunFolder, tokenizer: Any, recipe: Recipe
     path = folder.weights(is_full(recipe.method))
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = True  # switched off for training; a saved model generates with it
-    model.save_pretrained(temporary, state_dict=state)
-    tokenizer.save_pretrained(temporary)
+    TASKS[recipe.task].save(trainer.accelerator.unwrap_model(trainer.model), temporary, processor, state)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(temporary, path)
 

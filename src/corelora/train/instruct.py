@@ -26,24 +26,19 @@ class Instruct(Task):
     name = "instruct"
     task_type = "CAUSAL_LM"
     auto_class = AutoModelForCausalLM
-    has_head = False
-
-    def config_settings(self, recipe: Recipe) -> dict[str, Any]:
-        """The model's config stays as it is."""
-        return {}
 
     def problems(self, recipe: Recipe) -> list[str]:
         """Missing files and columns, unknown forms."""
         return check_data(recipe.data, self.name)
 
-    def encode(self, recipe: Recipe, which: str, tokenizer: Any) -> Rows:
+    def encode(self, recipe: Recipe, which: str, processor: Any) -> Rows:
         """Token ids and labels of the rows; cached, once for all processes."""
-        return as_rows(encode_replies(recipe.data, which, tokenizer, recipe.loop.seed))
+        return as_rows(encode_replies(recipe.data, which, processor, recipe.loop.seed))
 
-    def collator(self, recipe: Recipe, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, recipe: Recipe, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads on the right; packed rows for flash attention go as one sequence."""
         flash = (recipe.model.attention or "").startswith("flash")
-        return ReplyCollator(tokenizer.pad_token_id, flatten=recipe.data.packing and flash)
+        return ReplyCollator(processor.pad_token_id, flatten=recipe.data.packing and flash)
 
     def measure(self, recipe: Recipe) -> Callable[[Any], dict[str, float]]:
         """The mean loss of a trained token over all rows, and how many tokens that were."""
@@ -58,28 +53,30 @@ class Instruct(Task):
         """Loss sums and token counts a row."""
         return ReplyTrainer
 
-    def sample(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
+    def sample(self, row: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
         """The row's text in stretches that are trained or not."""
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         stretches = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
-        return [(tokenizer.decode([token for token, _ in pairs]), trained) for trained, pairs in stretches]
+        return [(processor.decode([token for token, _ in pairs]), trained) for trained, pairs in stretches]
 
     def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
         """Packed rows that see each other."""
         problem = border_problem(model, collator) if recipe.data.packing else None
         return [problem] if problem else []
 
-    def row_problems(self, rows: Rows, tokenizer: Any, stop_ids: set[int]) -> list[str]:
+    def row_problems(self, rows: Rows, processor: Any, config: Any) -> list[str]:
         """Rows that never train a stop token: the model would not learn to end its replies.
 
         Rows cut at the longest length have lost theirs, and don't count.
         """
+        of_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        stop_ids = {n for n in (*of_config, processor.eos_token_id) if n is not None}
         first = rows.dataset.select(range(min(LOOKED_AT, len(rows.dataset))))
         longest = max(len(ids) for ids in first["input_ids"])
         whole = [labels for labels in first["labels"] if len(labels) < longest] or list(first["labels"])
         if any(stop_ids & set(labels) for labels in whole):
             return []
-        names = ", ".join(repr(tokenizer.decode([n])) for n in sorted(stop_ids))
+        names = ", ".join(repr(processor.decode([n])) for n in sorted(stop_ids))
         return [
             f"data: none of the first {len(first)} rows trains a stop token ({names or 'the tokenizer has none'}), so "
             "replies would never end. Use another data.prompt, a larger data.max_length, or a tokenizer with a stop "

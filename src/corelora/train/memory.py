@@ -6,7 +6,6 @@ than counted, and a CPU run shares its memory with everything else.
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import re
@@ -23,9 +22,7 @@ from transformers import PretrainedConfig
 from corelora.errors import CoreLoraError
 from corelora.plan_memory import GIB, OPTIMIZERS, RESERVE, Step, StepMemory, StepSimulator, largest_batch
 from corelora.recipe import Recipe
-from corelora.train.arguments import weight_dtype
 from corelora.train.methods import adapter_config, is_corelora, is_full, needs_stats, problems
-from corelora.train.models import head_names
 from corelora.train.optim import optimizer_name
 from corelora.train.tasks import TASKS
 
@@ -56,17 +53,12 @@ def meta_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
         CoreLoraError: targets that match nothing, ranks that don't fit, ....
     """
     task = TASKS[recipe.task]
-    with torch.device("meta"):
-        model = task.auto_class.from_config(
-            copy.deepcopy(config),
-            dtype=weight_dtype(recipe.model, config),
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+    model = task.make_meta(recipe, config)
     if is_full(recipe.method):
         return model
     # Statistics change no shape, so the weights' own stand in for them.
     method = {**recipe.method, "stats": "weight"} if needs_stats(recipe.method) else recipe.method
-    adapter = adapter_config(method, task.task_type, head_names(model) if task.has_head else [], 1)
+    adapter = adapter_config(method, task.task_type, task.heads(model), 1)
     assert adapter is not None
     try:
         if is_corelora(method):
@@ -90,6 +82,8 @@ def step_memory(recipe: Recipe, config: PretrainedConfig, device: str) -> StepMe
     Raises:
         CoreLoraError: the model can't be simulated.
     """
+    if not TASKS[recipe.task].reads_tokens:
+        raise CoreLoraError(f"not known beforehand: steps of {recipe.task} can't be simulated")
     step = Step(
         batch=recipe.loop.batch_size,
         length=recipe.data.max_length,
@@ -168,6 +162,8 @@ def explain(recipe: Recipe, config: PretrainedConfig, device: str, space: int | 
     peak = _peak(recipe, config, device)
     size = f"about {peak / GIB:.2f} GiB a step" if peak is not None else "more than there is"
     first = f"out of memory: this recipe takes {size}, and there are {space / GIB:.2f} GiB."
+    if not TASKS[recipe.task].reads_tokens:
+        return f"{first} Try --set loop.checkpointing=true, or a smaller loop.batch_size with more loop.accumulate."
     fitting = changes_that_fit(recipe, config, device, space)
     if not fitting:
         return f"{first} No change of batch, checkpointing, type, storage and method makes it fit: use a smaller model."

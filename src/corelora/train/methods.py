@@ -35,12 +35,12 @@ class AdapterNeeds:
     """What an adapter's config takes from the rest of the run.
 
     Attributes:
-        task_type: PEFT's name of the task, such as CAUSAL_LM.
+        task_type: PEFT's name of the task, such as CAUSAL_LM; None: it has none.
         heads: modules on top of the pretrained model that are new and train whole.
         total_steps: optimizer steps of the run, for methods that schedule themselves (AdaLoRA); None: not known yet.
     """
 
-    task_type: str
+    task_type: str | None
     heads: Sequence[str] = ()
     total_steps: int | None = None
 
@@ -96,7 +96,7 @@ def problems(method: Mapping[str, Any], needs: AdapterNeeds | None = None) -> li
 
 
 def adapter_config(
-    method: Mapping[str, Any], task_type: str, heads: Sequence[str] = (), total_steps: int | None = None
+    method: Mapping[str, Any], task_type: str | None, heads: Sequence[str] = (), total_steps: int | None = None
 ) -> PeftConfig | None:
     """The config of a recipe's `method`, or None for full fine-tuning.
 

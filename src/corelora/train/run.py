@@ -25,7 +25,6 @@ from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
 from corelora.train.memory import explain, fits, is_out_of_memory
 from corelora.train.methods import adapter_config, needs_stats
-from corelora.train.models import head_names, load_model, load_tokenizer
 from corelora.train.plots import loss_curve
 from corelora.train.processes import is_main, meet
 from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
@@ -46,7 +45,7 @@ class Run:
     task: Task
     config: PretrainedConfig
     arguments: TrainingArguments
-    tokenizer: Any
+    processor: Any  # a tokenizer, or what turns images into tensors
     rows: dict[str, Rows]  # "train", and "test" where the recipe has it
     collator: Any
 
@@ -101,9 +100,10 @@ def make(recipe: Recipe, folder: RunFolder, standing: Standing) -> dict[str, Any
         model = build_model(run)
         trainer = build_trainer(run, model, standing)
         metrics = run_trainer(trainer, run, standing)
-    save_weights(trainer, run.folder, run.tokenizer, recipe)
+    save_weights(trainer, run.folder, run.processor, recipe)
+    more = run.task.finish(recipe, trainer, run.folder, run.processor)
     seconds = standing.seconds + time.perf_counter() - began
-    results = summarize(trainer, recipe, run.rows, metrics, seconds)
+    results = {**summarize(trainer, recipe, run.rows, metrics, seconds), **more}
     if trainer.is_world_process_zero():
         loss_curve(read_metrics(run.folder.metrics), run.folder.curve, run.folder.root.name)
         write_json(run.folder.results, results)
@@ -111,7 +111,7 @@ def make(recipe: Recipe, folder: RunFolder, standing: Standing) -> dict[str, Any
 
 
 def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
-    """Everything before the model: arguments, tokenizer, tokenised rows, one of them shown.
+    """Everything before the model: arguments, tokenizer or processor, rows, one of them shown.
 
     Raises:
         CoreLoraError: bad rows; rows that train no stop token.
@@ -119,16 +119,14 @@ def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
     task = TASKS[recipe.task]
     arguments = training_arguments(recipe, config, folder.root)  # before any model: DeepSpeed's ZeRO-3 wants to know
     set_fast(recipe.loop.fast)
-    tokenizer = load_tokenizer(recipe.model)
-    rows = {"train": task.encode(recipe, "train", tokenizer)}
+    processor = task.load_processor(recipe)
+    rows = {"train": task.encode(recipe, "train", processor)}
     if recipe.data.test is not None:
-        rows["test"] = task.encode(recipe, "test", tokenizer)
-    stop_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = {n for n in (*stop_ids, tokenizer.eos_token_id) if n is not None}
-    raise_all(task.row_problems(rows["train"], tokenizer, stops), "data")
+        rows["test"] = task.encode(recipe, "test", processor)
+    raise_all(task.row_problems(rows["train"], processor, config), "data")
     for which, made in rows.items():
         say(f"{which}: {made.summary or f'{len(made.dataset):,} rows'}")
-    sample = task.sample(rows["train"].dataset[0], tokenizer)
+    sample = task.sample(rows["train"].dataset[0], processor)
     colour = sys.stderr.isatty()
     say(f"\na row, what is trained {'in green' if colour else 'in [[ ]]'}:\n{shortened(marked(sample, colour))}\n")
     return Run(
@@ -137,9 +135,9 @@ def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
         task=task,
         config=config,
         arguments=arguments,
-        tokenizer=tokenizer,
+        processor=processor,
         rows=rows,
-        collator=task.collator(recipe, tokenizer),
+        collator=task.collator(recipe, processor),
     )
 
 
@@ -153,16 +151,13 @@ def build_model(run: Run) -> Any:
     full = recipe.method["name"] == "full"
     source = str(weights_folder(part.start_from, full=True)) if full and part.start_from else None
     set_seed(recipe.loop.seed)  # a new head is drawn while loading
-    model = load_model(part, run.config, run.task.auto_class, recipe.loop.checkpointing, source)
-    if run.config.pad_token_id is None:
-        model.config.pad_token_id = run.tokenizer.pad_token_id  # a classifier looks for the last token before it
+    model = run.task.load_model(recipe, run.config, run.processor, source)
     with gathered_in_turn(model):
         raise_all(run.task.model_problems(recipe, model, run.collator), "recipe")
     method = dict(recipe.method)
     if needs_stats(method):
         method["stats"] = collect(run, model)
-    heads = head_names(model) if run.task.has_head else []
-    config = adapter_config(method, run.task.task_type, heads, run.steps)
+    config = adapter_config(method, run.task.task_type, run.task.heads(model), run.steps)
     set_seed(recipe.loop.seed)  # starts depend on the seed alone, not on what was drawn so far
     return model if config is None else adapted(run, model, config)
 

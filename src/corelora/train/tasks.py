@@ -5,16 +5,23 @@ Each task registers itself; adding one is one file like `instruct`.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from torch import nn
 
 from corelora.data.replies import Encoded
 from corelora.recipe import Recipe
 from corelora.registry import Registry
+from corelora.train.arguments import weight_dtype
+from corelora.train.folder import RunFolder
+from corelora.train.models import load_model, load_model_config, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +52,101 @@ def as_rows(encoded: Encoded) -> Rows:
 
 
 class Task(ABC):
-    """One kind of training. Instances have no state: everything comes from the recipe."""
+    """One kind of training. Instances have no state: everything comes from the recipe.
+
+    A task of one model of transformers says which (`auto_class`) and what its rows are; one of another kind, such as a
+    diffusion pipeline, also has its own `load_config`, `load_processor`, `make_meta`, `load_model` and `save`.
+    """
 
     name: str
-    task_type: str  # PEFT's
+    task_type: str | None  # PEFT's
     auto_class: Any  # transformers' class that loads the model
-    has_head: bool  # a new head trains beside the adapter
+    reads_tokens: bool = True  # a step's memory can be simulated from data.max_length
 
-    @abstractmethod
+    # -- the model ---------------------------------------------------------------------------------------------------
+
     def config_settings(self, recipe: Recipe) -> dict[str, Any]:
         """Settings of the model's config that the task decides, such as num_labels."""
+        return {}
+
+    def load_config(self, recipe: Recipe) -> Any:
+        """The model's config; no weights are read.
+
+        Raises:
+            CoreLoraError: there is no such model.
+        """
+        return load_model_config(recipe.model, **self.config_settings(recipe))
+
+    def load_processor(self, recipe: Recipe) -> Any:
+        """What turns rows into tensors, saved with the weights: a tokenizer, or a processor of images.
+
+        Raises:
+            CoreLoraError: the model has none.
+        """
+        return load_tokenizer(recipe.model)
+
+    def make_meta(self, recipe: Recipe, config: Any) -> nn.Module:
+        """The model on the meta device: shapes and names, no weights."""
+        with torch.device("meta"):
+            model: nn.Module = self.auto_class.from_config(
+                copy.deepcopy(config),
+                dtype=weight_dtype(recipe.model, config),
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
+        return model
+
+    def load_model(self, recipe: Recipe, config: Any, processor: Any, source: str | None) -> nn.Module:
+        """The model with its weights, from a folder `source` where that is given.
+
+        Raises:
+            CoreLoraError: it can't be loaded.
+        """
+        return load_model(recipe.model, config, self.auto_class, recipe.loop.checkpointing, source)
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """Modules that are new in each run and train beside the adapter."""
+        return []
+
+    def save(self, model: Any, folder: Path, processor: Any, state: Mapping[str, Any] | None) -> None:
+        """Write the adapter, or the whole model, with its processor into a folder.
+
+        Args:
+            model: as it was trained.
+            folder: made here.
+            processor: as `load_processor` gave it.
+            state: the weights, where they were gathered from several processes.
+        """
+        model.config.use_cache = True  # switched off for training; a saved model generates with it
+        model.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
+
+    # -- its rows ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def problems(self, recipe: Recipe) -> list[str]:
         """What is wrong with the recipe's data for this task, without loading weights."""
 
     @abstractmethod
-    def encode(self, recipe: Recipe, which: str, tokenizer: Any) -> Rows:
-        """Tokenised rows of `data.train` or `data.test`."""
+    def encode(self, recipe: Recipe, which: str, processor: Any) -> Rows:
+        """Rows of `data.train` or `data.test`, ready for the collator."""
 
     @abstractmethod
-    def collator(self, recipe: Recipe, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collator(self, recipe: Recipe, processor: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Rows to one batch of tensors."""
+
+    @abstractmethod
+    def sample(self, row: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
+        """A row as pieces of text, each with whether it is trained."""
+
+    def row_problems(self, rows: Rows, processor: Any, config: Any) -> list[str]:
+        """Why these rows would train the wrong thing."""
+        return []
+
+    def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
+        """Why this model, as it was loaded, can't be trained on this data."""
+        return []
+
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def measure(self, recipe: Recipe) -> Callable[[Any], dict[str, float]]:
@@ -76,17 +156,13 @@ class Task(ABC):
     def trainer_class(self) -> type:
         """The RunTrainer that gives those predictions."""
 
-    @abstractmethod
-    def sample(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
-        """A row as pieces of text, each with whether it is trained."""
+    def finish(self, recipe: Recipe, trainer: Any, folder: RunFolder, processor: Any) -> dict[str, Any]:
+        """What else a run leaves behind, after its test: pictures, tables.
 
-    @abstractmethod
-    def row_problems(self, rows: Rows, tokenizer: Any, stop_ids: set[int]) -> list[str]:
-        """Why these rows would train the wrong thing."""
-
-    @abstractmethod
-    def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
-        """Why this model, as it was loaded, can't be trained on this data."""
+        Returns:
+            More figures for results.json.
+        """
+        return {}
 
 
 TASKS: Registry[Task] = Registry("task")
