@@ -51,6 +51,7 @@ LAYERS = [
     ["recipe"],
     ["run"],
     ["data"],
+    ["vision", "diffusion"],
     ["train"],
     ["evaluate", "bench"],
     ["quickstart"],

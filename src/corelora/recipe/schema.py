@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from corelora.recipe.images import ImagesPart
+from corelora.recipe.subject import SubjectPart
 from corelora.recipe.tree import setting
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -165,5 +167,7 @@ class Recipe:
     optim: OptimPart = setting("How the trained parameters move.")
     loop: LoopPart = field(default_factory=LoopPart, metadata={"help": "Length, batches, precision, files."})
     stats: StatsPart = field(default_factory=StatsPart, metadata={"help": "Input statistics for NoRA's start."})
+    images: ImagesPart | None = setting("Which pictures, and how they become tensors; tasks of pictures only.", None)
+    subject: SubjectPart | None = setting("What a diffusion model learns; the task dreambooth only.", None)
     output: str | None = setting("Run folder; runs/NAME-OF-THE-RECIPE if not given.", None)
     about: str = setting("What the run is for and where its settings come from.", "")

@@ -1,0 +1,35 @@
+"""What a recipe says about a subject that a diffusion model learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corelora.recipe.tree import setting
+
+
+@dataclass(kw_only=True)
+class SubjectPart:
+    """The subject, its prompts, and the loss."""
+
+    prompt: str = setting("What the training pictures show, with a rare word: `a photo of sks dog`.")
+    class_prompt: str | None = setting(
+        "Prior preservation: what pictures of any such thing show, `a photo of a dog`.", None
+    )
+    class_images: int = setting(
+        "Pictures of the class; those that are missing are made by the model before training.", 100
+    )
+    prior_weight: float = setting("Weight of the prior's loss.", 1.0)
+    size: int | None = setting("Side of a training picture in pixels; the model's own if not given.", None)
+    min_snr: float | None = setting("Gamma of the min-SNR weighting of the loss (5 in its paper).", None)
+    text_encoder: bool = setting("Adapters on the text encoders, too.", False)
+    validation_prompts: list[str] = setting("Prompts of pictures made as training goes.", list)
+    validate_every: int | None = setting("Steps between them; only at the end if not given.", None)
+
+    def problems(self) -> list[str]:
+        """Numbers out of range."""
+        found = [f"class_images must be at least 1, got {self.class_images}"] if self.class_images < 1 else []
+        if self.prior_weight < 0:
+            found.append(f"prior_weight must not be negative, got {self.prior_weight}")
+        if self.min_snr is not None and not self.min_snr > 0:
+            found.append(f"min_snr must be above 0, got {self.min_snr}")
+        return found
