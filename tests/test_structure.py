@@ -54,6 +54,7 @@ LAYERS = [
     ["vision", "diffusion"],
     ["train"],
     ["evaluate", "bench"],
+    ["compare"],
     ["quickstart"],
     ["commands"],
     ["cli", "__main__"],

@@ -1,0 +1,73 @@
+"""`corelora compare`: all runs of a study, and its report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from corelora.commands.output import print_json
+from corelora.errors import CoreLoraError
+
+HELP = "run a study of methods, ranks, rates, seeds and write its report"
+STUDIES = Path("studies")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    add = parser.add_argument
+    add("study", metavar="STUDY", help="a YAML file; docs/compare.md lists its keys")
+    add("--output", metavar="FOLDER", help="the study's folder (studies/NAME-OF-THE-FILE)")
+    add("--jobs", type=int, metavar="N", help="runs at a time on each GPU (as many as fit) or on the CPU (1)")
+    add("--retry", action="store_true", help="make failed runs again")
+    add("--shard", metavar="I/N", help="only every N-th run, beginning with the I-th from 0: one job of an array")
+    add("--keep-models", action="store_true", help="keep the weights of full fine-tuning, one model a run")
+    add("--list", action="store_true", help="print the runs and which are done; run nothing")
+    add("--dry-run", action="store_true", help="check every recipe of the study; run nothing")
+    add("--json", action="store_true", help="print the leading settings as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is missing, write the report, print who leads.
+
+    Raises:
+        CoreLoraError: packages that are missing; anything wrong with the study; another process runs it.
+    """
+    try:  # here, so that the other commands need none of its packages, nor the time to import them
+        from corelora.compare.session import Options, check_study, run_study, start_study
+        from corelora.compare.tables import leaders_text, list_text, study_data
+    except ModuleNotFoundError as error:
+        raise CoreLoraError(f"studies need {error.name}. Install: pip install corelora[train,compare]") from None
+    path = Path(arguments.study)
+    options = Options(
+        jobs=arguments.jobs,
+        retry=arguments.retry,
+        shard=_shard(arguments.shard),
+        keep_models=arguments.keep_models,
+    )
+    folder = start_study(path, Path(arguments.output or STUDIES / path.stem))
+    if arguments.list:
+        print(list_text(folder))
+        return 0
+    if arguments.dry_run:
+        print(f"{check_study(folder)} different recipes, nothing is wrong. Next: corelora compare {path}")
+        return 0
+    whole = run_study(folder, options, (lambda text: None) if arguments.json else print)
+    if arguments.json:
+        print_json(study_data(folder))
+        return 0
+    print(f"\n{leaders_text(folder)}")
+    if not whole:
+        print("\nThis shard is done; runs of others are still missing. When all are: the same command without --shard")
+        return 0
+    print(f"\nNext: corelora report {folder.root}")
+    return 0
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """(n, of) out of `n/of`."""
+    if text is None:
+        return None
+    n, slash, of = text.partition("/")
+    if not slash or not n.isdigit() or not of.isdigit() or not int(n) < int(of):
+        raise CoreLoraError(f"--shard {text}: write it as I/N with I from 0 to N - 1, such as 0/8")
+    return int(n), int(of)

@@ -1,0 +1,1 @@
+"""Studies: many runs around one recipe, from a file to a report."""

@@ -1,0 +1,147 @@
+"""From a study's groups to runs: which recipe each one is, and where its folder lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from corelora.compare.study import SHORT, Group, Study
+from corelora.errors import CoreLoraError, raise_all
+from corelora.recipe import Recipe, read_tree
+from corelora.recipe.tree import as_data, merged, read_yaml
+
+NOT_THE_RUN = ("about", "output")  # keys that change nothing that is trained
+LONGEST_NAME = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One run of a study.
+
+    Attributes:
+        group: the name of its group.
+        labels: the value of each axis, as the study writes it.
+        seed: of the run.
+        recipe: the whole run.
+        name: of its folder; two groups that ask for the same run share it.
+    """
+
+    group: str
+    labels: Mapping[str, str]
+    seed: int
+    recipe: Recipe
+    name: str
+
+    def folder(self, root: Path) -> Path:
+        """Its run folder in a study's folder."""
+        return root / "runs" / self.name
+
+
+def expand(study: Study, where: Path) -> dict[str, list[Planned]]:
+    """All runs of the first seeds, by group.
+
+    Args:
+        study: as it was read.
+        where: the folder that its recipes are relative to.
+
+    Raises:
+        CoreLoraError: every recipe that can't be built, at once.
+    """
+    runs: dict[str, list[Planned]] = {}
+    problems: list[str] = []
+    for group in study.groups:
+        runs[group.name], wrong = _expand_group(study, group, where)
+        problems += wrong
+    raise_all(list(dict.fromkeys(problems)), "study")
+    return runs
+
+
+def with_seed(run: Planned, seed: int) -> Planned:
+    """The same run with another seed."""
+    data = merged(as_data(run.recipe), {"loop": {"seed": seed}})
+    recipe, problems = read_tree(Recipe, data)
+    raise_all(problems, run.name)
+    assert recipe is not None
+    return Planned(group=run.group, labels=run.labels, seed=seed, recipe=recipe, name=run_name(run.labels, recipe))
+
+
+def identity(recipe: Recipe) -> str:
+    """Eight hexadecimal digits for everything of a recipe that a run depends on."""
+    data = {key: value for key, value in as_data(recipe).items() if key not in NOT_THE_RUN}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(labels: Mapping[str, str], recipe: Recipe) -> str:
+    """A folder's name that a reader knows the run by: the first values of its axes, seed, identity."""
+    words = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(labels.values())).strip("-")
+    return f"{words[:LONGEST_NAME]}-s{recipe.loop.seed}-{identity(recipe)}"
+
+
+def _expand_group(study: Study, group: Group, where: Path) -> tuple[list[Planned], list[str]]:
+    runs: list[Planned] = []
+    problems: list[str] = []
+    below = merged(nested(study.set), nested(group.set))
+    for labels, above in _points(group):
+        for seed in group.seeds:
+            file = above.get("recipe") or group.recipe or study.recipe
+            keys = {k: v for k, v in above.items() if k != "recipe"}
+            data = _laid_over(read_yaml(where / str(file)), below, nested(keys), {"loop": {"seed": seed}})
+            recipe, wrong = read_tree(Recipe, data)
+            what = ", ".join(f"{axis} {value}" for axis, value in labels.items())
+            problems += [f"{group.name} ({what}): {p}" for p in wrong]
+            if recipe is None:
+                continue
+            name = run_name(labels, recipe)
+            if all(name != r.name for r in runs):
+                runs.append(Planned(group=group.name, labels=labels, seed=seed, recipe=recipe, name=name))
+    return runs, problems
+
+
+def _points(group: Group) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """(label of each axis, recipe keys) of every point of the grid."""
+    axes = [[(axis, *value) for value in _values(axis, values)] for axis, values in group.axes.items()]
+    for point in product(*axes):
+        keys: dict[str, Any] = {}
+        for _, _, given in point:
+            keys |= given
+        yield {axis: label for axis, label, _ in point}, keys
+
+
+def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(label, recipe keys) of each value of an axis."""
+    if isinstance(values, Mapping):
+        return [(str(label), dict(keys)) for label, keys in values.items()]
+    return [(str(value), {SHORT.get(axis, axis): value}) for value in values]
+
+
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"optim.lr": 1}` as `{"optim": {"lr": 1}}`, short names of axes written out.
+
+    Raises:
+        CoreLoraError: a key below another that holds a value.
+    """
+    out: dict[str, Any] = {}
+    for key, value in keys.items():
+        *path, last = SHORT.get(key, key).split(".")
+        node = out
+        for step in path:
+            node = node.setdefault(step, {})
+            if not isinstance(node, dict):
+                raise CoreLoraError(f"study: {key}: {step} holds a value, not keys")
+        both = isinstance(node.get(last), Mapping) and isinstance(value, Mapping)
+        node[last] = merged(node[last], value) if both else value
+    return out
+
+
+def _laid_over(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later layers over earlier ones."""
+    data: dict[str, Any] = {}
+    for layer in layers:
+        data = merged(data, layer)
+    return data

@@ -1,0 +1,37 @@
+"""Which runs are repeated with more seeds, once the first ones are done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from corelora.compare.expand import Planned, with_seed
+from corelora.compare.leaders import Leader, leaders
+from corelora.compare.standing import Standing
+from corelora.compare.study import Group
+
+
+def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> list[Planned]:
+    """The further runs of a group: its best settings, and those that stay whatever came out, with each further seed.
+
+    Args:
+        group: of the study.
+        runs: of its first seeds, none of them missing.
+        score: the deciding figure.
+        lower: whether lower is better.
+    """
+    if group.finalists is None:
+        return []
+    ranked = [leader for leader in leaders(group, runs, score, lower) if leader.runs]
+    chosen = ranked[: group.finalists.top]
+    chosen += [x for x in ranked if x not in chosen and any(_is(x, wanted) for wanted in group.finalists.always)]
+    return [with_seed(leader.runs[0].run, seed) for leader in chosen for seed in group.finalists.seeds]
+
+
+def is_finalist(run: Planned, further: Sequence[Planned]) -> bool:
+    """Whether a run of the first seeds is one that was repeated."""
+    return any(run.labels == other.labels for other in further)
+
+
+def _is(leader: Leader, wanted: dict) -> bool:
+    values = dict(leader.setting)
+    return all(values.get(axis) == str(value) for axis, value in wanted.items())

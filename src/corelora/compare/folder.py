@@ -1,0 +1,96 @@
+"""A study's folder: what was asked, and what is known of its runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from corelora.compare.expand import Planned, expand
+from corelora.compare.finalists import finalists
+from corelora.compare.standing import Standing, stand_all
+from corelora.compare.study import Group, Study
+from corelora.errors import CoreLoraError, raise_all
+from corelora.recipe.tree import as_data, read_tree
+from corelora.train.folder import write_text
+
+STUDY = "study.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFolder:
+    """A study and where its runs lie.
+
+    Attributes:
+        root: the study's folder.
+        study: as it was read.
+        where: the folder that its recipes are relative to.
+        first: the runs of its first seeds, by group.
+    """
+
+    root: Path
+    study: Study
+    where: Path
+    first: dict[str, list[Planned]]
+
+    def save(self) -> None:
+        """Write the study into its folder, so that a report needs nothing else."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        data = {"where": os.path.relpath(self.where, self.root), **as_data(self.study)}
+        write_text(self.root / STUDY, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+    def further(self, group: Group) -> list[Planned]:
+        """The finalists' further runs; none before the group's first ones have all ended."""
+        standings = stand_all(self.first[group.name], self.root)
+        if any(s.state == "missing" for s in standings):
+            return []
+        score, lower = self.study.score_of(group)
+        return finalists(group, standings, score, lower)
+
+    def standings(self) -> dict[str, list[Standing]]:
+        """What is known of each group's runs, finalists too."""
+        return {
+            group.name: stand_all([*self.first[group.name], *self.further(group)], self.root)
+            for group in self.study.groups
+        }
+
+
+def open_study(study: Study, where: Path, root: Path) -> StudyFolder:
+    """A study with its runs planned.
+
+    Args:
+        study: as it was read.
+        where: the folder that its recipes are relative to.
+        root: the folder for its runs; another study's is refused, the same study's, grown or not, is gone on with.
+
+    Raises:
+        CoreLoraError: recipes that can't be built; a folder with something else in it.
+    """
+    if root.is_dir() and any(root.glob("[!.]*")) and not (root / STUDY).is_file():
+        raise CoreLoraError(f"{root} is not empty and holds no study: give another --output")
+    return StudyFolder(root=root, study=study, where=where, first=expand(study, where))
+
+
+def read_study(root: Path) -> StudyFolder:
+    """A study from its folder.
+
+    Raises:
+        CoreLoraError: the folder holds none, or the recipes that it is built on are gone.
+    """
+    path = root / STUDY
+    if not path.is_file():
+        raise CoreLoraError(f"{root}: no study is here ({STUDY} is missing)")
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    where = root / str(data.pop("where", "."))
+    study, problems = read_tree(Study, data)
+    raise_all(problems, str(path))
+    assert study is not None
+    return open_study(study, where, root)
+
+
+def distinct(runs: Sequence[Planned]) -> list[Planned]:
+    """Each run once, though several groups ask for it."""
+    return list({run.name: run for run in runs}.values())

@@ -1,0 +1,164 @@
+"""Several runs at a time: as many as fit on each GPU by an estimate of their memory, or as many as the user says."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from corelora.compare.standing import FAILED, LOG, write_failed
+from corelora.compare.work import Place, Work, child
+
+POLL = 0.2  # seconds
+PRELOADED = ["corelora.train.run", "corelora.evaluate.run", "corelora.evaluate.subject"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Work and the memory that it is expected to take, in bytes; None: not known, so it runs alone on its device."""
+
+    work: Work
+    memory: float | None
+
+
+@dataclass(kw_only=True)
+class Device:
+    """A GPU, or the CPU, and what runs on it.
+
+    Attributes:
+        number: of the GPU; None for the CPU.
+        free: bytes that runs may take together.
+        most: runs at a time, whatever fits.
+    """
+
+    number: int | None
+    free: float
+    most: int
+    running: list[Running] = field(default_factory=list)
+
+    def has_room(self, task: Task) -> bool:
+        """Whether a task can begin here now."""
+        if not self.running:
+            return True
+        if len(self.running) >= self.most or task.memory is None:
+            return False
+        taken = [r.task.memory for r in self.running]
+        return all(t is not None for t in taken) and sum(t or 0 for t in taken) + task.memory <= self.free
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A process at work."""
+
+    task: Task
+    process: Any
+    alive: Connection  # our end; closing it ends the process
+    neighbours: bool  # others ran beside it at some time
+
+
+class Pool:
+    """Works through tasks on devices.
+
+    Args:
+        devices: where.
+        say: takes one line for each run that ended.
+    """
+
+    def __init__(self, devices: Sequence[Device], say: Callable[[Task], None]) -> None:
+        self.devices, self.say = list(devices), say
+        self.threads = max(1, (os.cpu_count() or 1) // sum(d.most for d in self.devices))
+        # A server that has imported everything once, and forks for each run; where there is none, each run imports.
+        methods = multiprocessing.get_all_start_methods()
+        self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            os.environ.setdefault(
+                "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+            )  # imports must not wake CUDA: forks could not use it
+            self.context.set_forkserver_preload(PRELOADED)
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Make all runs; one that fails is written down, and the others go on.
+
+        An interruption ends the running processes; what they had saved is gone on from the next time.
+        """
+        waiting = list(tasks)
+        with tqdm(total=len(waiting), desc="study", unit="run", dynamic_ncols=True) as bar:
+            try:
+                while waiting or any(d.running for d in self.devices):
+                    self._fill(waiting)
+                    self._collect(waiting, bar)
+                    time.sleep(POLL)
+            finally:
+                self._end_all()
+
+    def _collect(self, waiting: list[Task], bar: Any) -> None:
+        """Take out what has ended; what had too little memory beside others goes back into the queue."""
+        for ended in self._ended():
+            if self._again_alone(ended):
+                waiting.append(Task(work=ended.task.work, memory=None))
+            else:
+                bar.update()
+                self.say(ended.task)
+
+    def _fill(self, waiting: list[Task]) -> None:
+        for device in self.devices:
+            fitting = [t for t in waiting if device.has_room(t)]
+            while fitting:
+                task = fitting[0]
+                waiting.remove(task)
+                self._start(device, task)
+                fitting = [t for t in waiting if device.has_room(t)]
+
+    def _start(self, device: Device, task: Task) -> None:
+        theirs, ours = self.context.Pipe(duplex=False)
+        place = Place(device=device.number, threads=self.threads)
+        process = self.context.Process(target=child, args=(task.work, place, theirs))
+        process.start()
+        theirs.close()
+        for other in device.running:
+            other.neighbours = True
+        device.running.append(Running(task=task, process=process, alive=ours, neighbours=bool(device.running)))
+
+    def _ended(self) -> list[Running]:
+        ended = [(d, r) for d in self.devices for r in d.running if not r.process.is_alive()]
+        for device, running in ended:
+            device.running.remove(running)
+            running.process.join()
+            running.alive.close()
+            self._write_down(running)
+        return [r for _, r in ended]
+
+    @staticmethod
+    def _write_down(running: Running) -> None:
+        """A process that was killed could not say so itself."""
+        folder, code = running.task.work.folder, running.process.exitcode
+        if code and not (folder / FAILED).is_file():
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            what = f"signal {-code}" if code < 0 else f"exit code {code}"
+            # The system ends what takes too much memory with this signal.
+            kind = "memory" if code == -9 else "other"
+            write_failed(folder, f"its process ended with {what}; see {folder / LOG}", kind, now)
+
+    @staticmethod
+    def _again_alone(ended: Running) -> bool:
+        """A run that had too little memory beside others gets a second try by itself."""
+        path = ended.task.work.folder / FAILED
+        if not ended.neighbours or not path.is_file() or '"kind": "memory"' not in path.read_text(encoding="utf-8"):
+            return False
+        path.unlink()
+        return True
+
+    def _end_all(self) -> None:
+        for device in self.devices:
+            for running in device.running:
+                running.process.terminate()
+                running.process.join()
+                running.alive.close()
+            device.running.clear()

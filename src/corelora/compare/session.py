@@ -1,0 +1,180 @@
+"""A study from beginning to end: what is missing is run, the best go on to more seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from corelora.compare.devices import Memory, find_devices, without_rates
+from corelora.compare.expand import Planned
+from corelora.compare.finalists import is_finalist
+from corelora.compare.folder import StudyFolder, distinct, open_study
+from corelora.compare.pool import Pool, Task
+from corelora.compare.standing import FAILED, Standing, stand, stand_all
+from corelora.compare.study import Group, load_study
+from corelora.compare.work import Work
+from corelora.errors import CoreLoraError, raise_all
+from corelora.train.dry_run import check
+from corelora.train.lock import locked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a study is run.
+
+    Attributes:
+        jobs: runs at a time on a device; None: as many as fit on a GPU, one on a CPU.
+        retry: make failed runs again.
+        shard: (n, of): only every `of`-th run, beginning with the n-th, for arrays of jobs on a cluster.
+        keep_models: keep the weights of fully fine-tuned models.
+    """
+
+    jobs: int | None = None
+    retry: bool = False
+    shard: tuple[int, int] | None = None
+    keep_models: bool = False
+
+
+class Session:
+    """One sitting of a study.
+
+    Args:
+        folder: the study's.
+        options: how it is run.
+        say: takes lines for the user.
+    """
+
+    def __init__(self, folder: StudyFolder, options: Options, say: Callable[[str], None]) -> None:
+        self.folder, self.options, self.say = folder, options, say
+        self.study, self.root = folder.study, folder.root
+        self.known: dict[Path, Planned] = {}  # by folder, for what is said when a run ends
+
+    def run(self) -> bool:
+        """Make what is missing: all first seeds, then the finalists.
+
+        Returns:
+            Whether the study is whole; one that is cut into shards may wait for the others.
+        """
+        self.folder.save()
+        first = [run for runs in self.folder.first.values() for run in runs]
+        self._make([(run, None) for run in first])
+        if any(s.state == "missing" for s in stand_all(first, self.root)):
+            return False
+        self._make(self._final_runs())
+        return all(s.state != "missing" for runs in self.folder.standings().values() for s in runs)
+
+    def _final_runs(self) -> list[tuple[Planned, Group | None]]:
+        """The finalists' runs, those of the first seeds too: they are evaluated likewise."""
+        found: list[tuple[Planned, Group | None]] = []
+        for group in self.study.groups:
+            further = self.folder.further(group)
+            found += [(run, group) for run in further]
+            found += [(run, group) for run in self.folder.first[group.name] if is_finalist(run, further)]
+        return found
+
+    def _make(self, runs: Sequence[tuple[Planned, Group | None]]) -> None:
+        works = {run.folder(self.root): self._work(run, group) for run, group in runs}
+        self.known |= {run.folder(self.root): run for run, _ in runs}
+        todo = self._todo([work for work in works.values() if not work.is_done])
+        if not todo:
+            return
+        self.say(f"{len(todo)} of {len(works)} runs to make, in {self.root}")
+        devices = find_devices(self.options.jobs)
+        memory = Memory(devices)
+        bar = tqdm(todo, desc="memory", unit="run", delay=2, leave=False)
+        tasks = [Task(work=work, memory=memory.of(work)) for work in bar]
+        # The largest first: small ones fill what is left, and none waits alone at the end.
+        tasks.sort(key=lambda t: -(t.memory if t.memory is not None else float("inf")))
+        Pool(devices, self._tell).run(tasks)
+
+    def _todo(self, works: Sequence[Work]) -> list[Work]:
+        """This shard's part, without what has failed before."""
+        n, of = self.options.shard or (0, 1)
+        mine = [work for at, work in enumerate(works) if at % of == n]
+        if self.options.retry:
+            for work in mine:
+                (work.folder / FAILED).unlink(missing_ok=True)
+        return [work for work in mine if not (work.folder / FAILED).is_file()]
+
+    def _work(self, run: Planned, group: Group | None) -> Work:
+        final = group.finalists if group else None
+        return Work(
+            recipe=run.recipe,
+            folder=run.folder(self.root),
+            suites=tuple(final.suites) if final else (),
+            updates=bool(final and final.updates),
+            keep_models=self.options.keep_models or (group is None and self._may_be_final(run)),
+        )
+
+    def _may_be_final(self, run: Planned) -> bool:
+        """Whether a finalist's weights would be looked at again."""
+        finals = [g.finalists for g in self.study.groups if g.name == run.group]
+        return any(f is not None and (f.suites or f.updates) for f in finals)
+
+    def _tell(self, task: Task) -> None:
+        """One line for a run that ended."""
+        standing = stand(self.known[task.work.folder], self.root)
+        name = standing.run.name
+        if standing.failed is not None:
+            tqdm.write(f"failed  {name}: {str(standing.failed['error']).splitlines()[0]}")
+        else:
+            tqdm.write(f"done    {name}: {self._scored(standing)}, {(standing.results or {}).get('seconds', 0):.0f} s")
+
+    def _scored(self, standing: Standing) -> str:
+        group = next(g for g in self.study.groups if g.name == standing.run.group)
+        score, _ = self.study.score_of(group)
+        value = standing.figure(score)
+        return f"{score} {value:.4f}" if value is not None else f"no figure {score!r} came out"
+
+
+def start_study(path: Path, root: Path) -> StudyFolder:
+    """Read a study's file for a folder.
+
+    Raises:
+        CoreLoraError: anything wrong with the study; recipes that can't be built; a folder with something else in it.
+    """
+    return open_study(load_study(path), path.parent, root)
+
+
+def check_study(folder: StudyFolder) -> int:
+    """Look at every recipe as `corelora train --dry-run` does; rates and seeds change nothing that is checked.
+
+    Returns:
+        How many different recipes there are.
+
+    Raises:
+        CoreLoraError: everything that is wrong, by run.
+    """
+    once = {without_rates(run.recipe): run for runs in folder.first.values() for run in runs}
+    problems = []
+    for run in tqdm(once.values(), desc="checking", unit="recipe", delay=2, leave=False):
+        try:
+            check(run.recipe, run.folder(folder.root))
+        except CoreLoraError as error:
+            problems.append(f"{run.group}, {run.name}: {error}")
+    raise_all(problems, "study")
+    return len(once)
+
+
+def run_study(folder: StudyFolder, options: Options, say: Callable[[str], None]) -> bool:
+    """Run a study; its folder is held meanwhile, except by shards, which share it.
+
+    Returns:
+        Whether it is whole.
+
+    Raises:
+        CoreLoraError: another process runs this study.
+    """
+    session = Session(folder, options, say)
+    if options.shard is not None:
+        return session.run()
+    with locked(folder.root):
+        return session.run()
+
+
+def planned_runs(folder: StudyFolder) -> list[Planned]:
+    """All runs of the first seeds, each once."""
+    return distinct([run for runs in folder.first.values() for run in runs])

@@ -1,0 +1,142 @@
+"""A study's file: recipes, the axes along which runs differ, and who gets more seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from corelora.errors import raise_all
+from corelora.recipe.tree import load_recipe, setting
+
+# What an axis may be called instead of the recipe's key.
+SHORT = {
+    "method": "method.name",
+    "variant": "method.variant",
+    "rank": "method.r",
+    "inner_rank": "method.inner_r",
+    "lr": "optim.lr",
+    "optimizer": "optim.name",
+    "outer": "method.outer",
+    "core": "method.core",
+    "core_start": "method.core_start",
+    "start": "method.start",
+    "sampling": "method.sampling",
+    "slice_scale": "method.slice_scale",
+    "position": "method.position",
+}
+BEST = ("lowest", "highest")
+
+
+@dataclass(kw_only=True)
+class Published:
+    """Figures that a paper prints for the same comparison."""
+
+    file: str = setting("A JSON file of docs/published, found relative to the study.")
+    columns: dict[str, str] = setting(
+        "Columns of that file, and the figure of a run that each is beside: `test_accuracy` of results.json, or "
+        "`eval/gsm8k-paper: accuracy` as SUITE-PROTOCOL and score."
+    )
+
+
+@dataclass(kw_only=True)
+class Finalists:
+    """Which runs of a group's first seed are repeated with more seeds."""
+
+    seeds: list[int] = setting("Further seeds.")
+    top: int | None = setting(
+        "Only so many, the best ones; each compared setting, at its best tuned value, if not given.", None
+    )
+    always: list[dict[str, Any]] = setting(
+        "Settings that stay whatever came out, `{method: nlora}`, such as the default.", list
+    )
+    suites: list[str] = setting("Suites that the finalists are evaluated on, all seeds.", list)
+    updates: bool = setting("Measure norms and spectra of what the finalists learned.", False)
+
+
+@dataclass(kw_only=True)
+class Group:
+    """One question: runs over a grid of axes, and what is left open between them."""
+
+    name: str = setting("The question, as the report's heading.")
+    about: str = setting("What is asked, and what is held fixed.", "")
+    recipe: str | None = setting("In place of the study's.", None)
+    set: dict[str, Any] = setting("Recipe keys over the study's: `loop.steps: 200`.", dict)
+    axes: dict[str, Any] = setting(
+        "What differs: a list of values of a recipe key (or a short name: method, rank, lr, ...), or of names with the "
+        "keys that each stands for: `LoRA+: {method.name: lora, optim.name: lora_plus}`."
+    )
+    tune: list[str] = setting(
+        "Axes that are searched, not compared: each compared setting is judged at its best.", list
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of every run; 0 if not given."})
+    finalists: Finalists | None = setting("Who gets more seeds.", None)
+    score: str | None = setting("In place of the study's.", None)
+    best: str | None = setting("In place of the study's.", None, choices=BEST)
+    published: Published | None = setting("What a paper prints for it.", None)
+
+    def problems(self) -> list[str]:
+        """Axes without values, tuned ones that are no axes, seeds that repeat."""
+        found = [] if self.axes else ["axes: none is given"]
+        found += [
+            f"axes.{a}: a list of values, or names with keys, is expected" for a, v in self.axes.items() if not _fine(v)
+        ]
+        found += [
+            f"tune: {a!r} is no axis of this group. Axes: {', '.join(self.axes)}."
+            for a in self.tune
+            if a not in self.axes
+        ]
+        final = self.finalists
+        if final is not None:
+            again = sorted(set(final.seeds) & set(self.seeds))
+            found += [f"finalists.seeds: {again} are seeds of every run already"] if again else []
+            compared = [a for a in self.axes if a not in self.tune]
+            found += [
+                f"finalists.always: {axis!r} is not compared here. Compared: {', '.join(compared)}."
+                for setting_ in final.always
+                for axis in setting_
+                if axis not in compared
+            ]
+        return found
+
+
+@dataclass(kw_only=True)
+class Study:
+    """Groups of runs, each a question."""
+
+    about: str = setting("What the study is for.", "")
+    recipe: str = setting("The recipe that all runs share, a file found relative to this one.")
+    set: dict[str, Any] = setting("Recipe keys over it.", dict)
+    score: str = setting("The figure of results.json that decides.", "test_loss")
+    best: str = setting("Whether the lowest or the highest is best.", "lowest", choices=BEST)
+    groups: list[Group] = setting("The questions.")
+
+    def problems(self) -> list[str]:
+        """Two groups of one name, none at all."""
+        names = [g.name for g in self.groups]
+        found = [] if names else ["groups: none is given"]
+        return found + [f"groups: two are called {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
+
+    def score_of(self, group: Group) -> tuple[str, bool]:
+        """(the deciding figure, whether lower is better) of one of its groups."""
+        return group.score or self.score, (group.best or self.best) == "lowest"
+
+
+def load_study(path: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        CoreLoraError: every mistake at once.
+    """
+    study = load_recipe(Study, path)
+    missing = [r for r in dict.fromkeys([study.recipe, *(g.recipe for g in study.groups)]) if r]
+    raise_all(
+        [f"recipe: {r} is no file beside {path.name}" for r in missing if not (path.parent / r).is_file()], str(path)
+    )
+    return study
+
+
+def _fine(values: Any) -> bool:
+    if isinstance(values, list):
+        return bool(values)
+    return isinstance(values, dict) and bool(values) and all(isinstance(v, dict) for v in values.values())

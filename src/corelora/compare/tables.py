@@ -1,0 +1,194 @@
+"""A study's figures as tables: for the terminal, as JSON, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from corelora.compare.folder import StudyFolder, distinct
+from corelora.compare.leaders import Labels, Leader, leaders
+from corelora.compare.published import published_columns
+from corelora.compare.standing import Standing, stand
+from corelora.compare.study import Group
+from corelora.plan_memory import GIB
+
+SAME = "≈"  # marks settings whose distance from the best is within noise
+
+
+def group_leaders(folder: StudyFolder, group: Group, runs: Sequence[Standing]) -> list[Leader]:
+    """Who leads a group.
+
+    Args:
+        folder: the study's.
+        group: one of its groups.
+        runs: of that group.
+    """
+    score, lower = folder.study.score_of(group)
+    return leaders(group, runs, score, lower)
+
+
+def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows as text) of a group's table, best first; columns that no row fills are left out.
+
+    Args:
+        folder: the study's.
+        group: one of its groups.
+        found: its leaders.
+    """
+    score, _ = folder.study.score_of(group)
+    columns: dict[str, list[str]] = {axis: [] for axis, _ in found[0].setting} if found else {}
+    for leader in found:
+        for axis, value in leader.setting:
+            columns[axis].append(value)
+        _add(columns, "best at", _shown(leader.tuned))
+        _add(columns, score, _score(leader))
+        _add(columns, "seeds", str(len(leader.scores)))
+        for name in _suite_scores(found):
+            _add(columns, name.removeprefix("eval/"), _number(leader.average(name)))
+        for name, values in published_columns(folder.where, group, found).items():
+            _add(columns, name, values[leader.setting])
+        _add(columns, "usable rates", _usable(leader))
+        _add(columns, "loss after a tenth", _number(leader.early_loss))
+        _add(columns, "trained", _count(leader.average("trained_parameters")))
+        _add(columns, "seconds", _number(leader.average("seconds"), "{:,.0f}"))
+        _add(columns, "GiB", _number(_scaled(leader.average("peak_memory"), GIB), "{:.2f}"))
+        _add(columns, "failed", str(leader.failed or ""))
+        _add(columns, "missing", str(leader.missing or ""))
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    return list(filled), [list(row) for row in zip(*filled.values(), strict=True)]
+
+
+def leaders_text(folder: StudyFolder) -> str:
+    """Every group's table for a terminal."""
+    parts = []
+    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+        headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
+        parts.append(f"{group.name}\n{_aligned(headers, rows)}")
+    return "\n\n".join(parts)
+
+
+def markdown(folder: StudyFolder) -> str:
+    """Every group's table in Markdown."""
+    parts = []
+    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+        headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
+        lines = [headers, ["---"] * len(headers), *rows]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        parts.append(f"## {group.name}\n\n{group.about}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def run_rows(folder: StudyFolder) -> list[dict[str, Any]]:
+    """Every run of the study with its labels, state and figures; those of two groups stand in both."""
+    rows = []
+    for name, runs in folder.standings().items():
+        for run in runs:
+            figures = {k: v for k, v in (run.results or {}).items() if isinstance(v, (int, float, str))}
+            evaluated = {
+                f"eval/{s}: {k}": v.get("value") for s, all_ in run.evaluations.items() for k, v in all_.items()
+            }
+            known = {"group": name, **run.run.labels, "seed": run.run.seed, "state": run.state, "run": run.run.name}
+            rows.append({**known, **figures, **evaluated, "error": (run.failed or {}).get("error", "")})
+    return rows
+
+
+def csv_text(folder: StudyFolder) -> str:
+    """Every run as a line of CSV."""
+    rows = run_rows(folder)
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def study_data(folder: StudyFolder) -> dict[str, Any]:
+    """Leaders of every group and every run's figures, as `--json` prints them and docs/results keeps them."""
+    groups = []
+    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+        score, lower = folder.study.score_of(group)
+        found = [_leader_data(leader) for leader in group_leaders(folder, group, runs)]
+        groups.append({"name": group.name, "score": score, "lower_is_better": lower, "leaders": found})
+    made = [s.results for runs in folder.standings().values() for s in runs if s.results]
+    versions: dict[str, Any] = next((r["versions"] for r in made if "versions" in r), {})
+    rows = [{k: v for k, v in row.items() if v != ""} for row in run_rows(folder)]
+    return {"about": folder.study.about, "groups": groups, "runs": rows, "versions": versions}
+
+
+def list_text(folder: StudyFolder) -> str:
+    """The runs of the first seeds: name, state, group."""
+    runs = distinct([run for runs in folder.first.values() for run in runs])
+    rows = [[run.name, stand(run, folder.root).state, run.group] for run in runs]
+    done = sum(row[1] == "done" for row in rows)
+    return f"{_aligned(['run', 'state', 'group'], rows)}\n\n{len(rows)} runs, {done} done; finalists follow them"
+
+
+def _leader_data(leader: Leader) -> dict[str, Any]:
+    figures = {k: leader.average(k) for k in ("trained_parameters", "seconds", "peak_memory")}
+    return {
+        "setting": dict(leader.setting),
+        "best_at": dict(leader.tuned),
+        "mean": leader.mean if leader.scores else None,
+        "deviation": leader.deviation,
+        "scores": {str(r.run.seed): s for r, s in zip(leader.runs, leader.scores, strict=True)},
+        "within_noise_of_best": leader.noise,
+        "usable_rates": leader.usable,
+        "early_loss": leader.early_loss,
+        **figures,
+        **{name: leader.average(name) for name in _suite_scores([leader])},
+        "failed": leader.failed,
+        "missing": leader.missing,
+    }
+
+
+def _suite_scores(found: Sequence[Leader]) -> list[str]:
+    """Names of all evaluated scores, as figures."""
+    names: dict[str, None] = {}
+    for run in (r for leader in found for r in leader.runs):
+        names |= {f"eval/{suite}: {score}": None for suite, scores in run.evaluations.items() for score in scores}
+    return list(names)
+
+
+def _score(leader: Leader) -> str:
+    if not leader.scores:
+        return ""
+    deviation = f" ± {leader.deviation:.4f}" if leader.deviation is not None else ""
+    return f"{leader.mean:.4f}{deviation}{f' {SAME}' if leader.noise else ''}"
+
+
+def _usable(leader: Leader) -> str:
+    if leader.usable is None:
+        return ""
+    low, high = leader.usable
+    return f"{low:g} to {high:g} (x{high / low:.3g})" if high > low else f"{low:g}"
+
+
+def _shown(labels: Labels) -> str:
+    return ", ".join(f"{axis} {value}" for axis, value in labels)
+
+
+def _number(value: float | None, form: str = "{:.4f}") -> str:
+    return "" if value is None else form.format(value)
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _count(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value / 1e6:.2f}M" if value >= 1e5 else f"{value:,.0f}"
+
+
+def _add(columns: dict[str, list[str]], name: str, cell: str) -> None:
+    columns.setdefault(name, []).append(cell)
+
+
+def _aligned(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[n]) for row in (headers, *rows)) for n in range(len(headers))]
+    lines = [headers, ["-" * w for w in widths], *rows]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,149 @@
+"""One run of a study in a process of its own: train, evaluate, measure; what fails is written down.
+
+A process a run, because whatever one leaves behind (memory, compiled code, switches, a crash) must not reach the next.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from corelora.compare.standing import FAILED, LOG, UPDATES, write_failed
+from corelora.errors import CoreLoraError
+from corelora.recipe import Recipe
+
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one process does.
+
+    Attributes:
+        recipe: the run's.
+        folder: the run's.
+        suites: that it is evaluated on afterwards.
+        updates: measure what it learned.
+        keep_models: keep the weights of fully fine-tuned models, which are as large as the model each.
+    """
+
+    recipe: Recipe
+    folder: Path
+    suites: tuple[str, ...] = ()
+    updates: bool = False
+    keep_models: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return (self.folder / "results.json").is_file() and not self.left_suites and not self.left_updates
+
+    @property
+    def left_suites(self) -> list[str]:
+        """Suites without a result file."""
+        made = {p.name.split("-")[0] for p in (self.folder / "eval").glob("*.json")}
+        return [s for s in self.suites if s not in made]
+
+    @property
+    def left_updates(self) -> bool:
+        """Whether updates are still to be measured."""
+        return self.updates and not (self.folder / UPDATES).is_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process runs: a GPU's number, or None, and how many CPU threads it may take."""
+
+    device: int | None
+    threads: int
+
+
+def child(work: Work, place: Place, alive: Connection) -> None:
+    """The process's main function; its exit code says how it went.
+
+    Args:
+        work: what is done.
+        place: where.
+        alive: nothing is ever sent on it; it closes when the study's process ends, however that happens.
+    """
+    work.folder.mkdir(parents=True, exist_ok=True)
+    _log_to(work.folder / LOG)
+    _end_with(alive)
+    if place.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(place.device)
+    (work.folder / FAILED).unlink(missing_ok=True)
+    try:
+        _do(work, place.threads)
+    except Exception as error:
+        traceback.print_exc()
+        text = str(error) if isinstance(error, CoreLoraError) else f"{type(error).__name__}: {error}"
+        kind = "memory" if OUT_OF_MEMORY in text else "other"
+        write_failed(work.folder, text, kind, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        sys.exit(1)
+
+
+def _do(work: Work, threads: int) -> None:
+    # Here: the study's own process never needs them, and a GPU must be chosen before they look for one.
+    import torch
+
+    from corelora.train.run import train
+
+    torch.set_num_threads(threads)
+    if not (work.folder / "results.json").is_file():
+        train(work.recipe, work.folder)
+        shutil.rmtree(work.folder / "checkpoints", ignore_errors=True)
+    if work.left_updates:
+        from corelora.compare.updates import measure_updates
+
+        measure_updates(work.folder)
+    if work.left_suites:
+        _evaluate(work)
+    if not work.keep_models:
+        shutil.rmtree(work.folder / "model", ignore_errors=True)
+
+
+def _evaluate(work: Work) -> None:
+    import torch
+
+    from corelora.evaluate.job import Settings
+    from corelora.evaluate.run import evaluate
+    from corelora.evaluate.subject import find_subject
+    from corelora.evaluate.suites import load_suite
+
+    settings = Settings(batch_size=256 if torch.cuda.is_available() else 16)
+    evaluate(find_subject(str(work.folder)), [load_suite(name) for name in work.left_suites], None, settings)
+
+
+def _log_to(path: Path) -> None:
+    """Everything that the process prints, by whatever library, goes to a file."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def _end_with(alive: Connection) -> None:
+    """Leave at once when the study's process is gone: nobody would see what comes, or start the next run."""
+
+    def wait() -> None:
+        try:
+            alive.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _visible(device: int) -> str:
+    """The name of a GPU among those that this process may use."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[device] if names else str(device)
