@@ -100,12 +100,10 @@ class Session:
         return [work for work in mine if not (work.folder / FAILED).is_file()]
 
     def _work(self, run: Planned, group: Group | None) -> Work:
-        final = group.finalists if group else None
         return Work(
             recipe=run.recipe,
             folder=run.folder(self.root),
-            suites=tuple(final.suites) if final else (),
-            updates=bool(final and final.updates),
+            final=group.finalists if group else None,
             keep_models=self.options.keep_models or (group is None and self._may_be_final(run)),
         )
 

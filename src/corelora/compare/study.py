@@ -51,6 +51,9 @@ class Finalists:
         "Settings that stay whatever came out, `{method: nlora}`, such as the default.", list
     )
     suites: list[str] = setting("Suites that the finalists are evaluated on, all seeds.", list)
+    protocol: str | None = setting("Protocol of these suites; each one's own default if not given.", None)
+    data: list[str] = setting("Local rows for the suites, as after `corelora evaluate --data`.", list)
+    limit: int | None = setting("Samples of each task, the first ones; all if not given.", None)
     updates: bool = setting("Measure norms and spectra of what the finalists learned.", False)
 
 

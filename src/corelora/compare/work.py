@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from corelora.compare.standing import FAILED, LOG, UPDATES, write_failed
+from corelora.compare.study import Finalists
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 
@@ -29,15 +30,13 @@ class Work:
     Attributes:
         recipe: the run's.
         folder: the run's.
-        suites: that it is evaluated on afterwards.
-        updates: measure what it learned.
+        final: of a finalist: what it is evaluated on and measured for afterwards.
         keep_models: keep the weights of fully fine-tuned models, which are as large as the model each.
     """
 
     recipe: Recipe
     folder: Path
-    suites: tuple[str, ...] = ()
-    updates: bool = False
+    final: Finalists | None = None
     keep_models: bool = False
 
     @property
@@ -49,12 +48,12 @@ class Work:
     def left_suites(self) -> list[str]:
         """Suites without a result file."""
         made = {p.name.split("-")[0] for p in (self.folder / "eval").glob("*.json")}
-        return [s for s in self.suites if s not in made]
+        return [s for s in self.final.suites if s not in made] if self.final else []
 
     @property
     def left_updates(self) -> bool:
         """Whether updates are still to be measured."""
-        return self.updates and not (self.folder / UPDATES).is_file()
+        return self.final is not None and self.final.updates and not (self.folder / UPDATES).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,22 +102,23 @@ def _do(work: Work, threads: int) -> None:
         from corelora.compare.updates import measure_updates
 
         measure_updates(work.folder)
-    if work.left_suites:
-        _evaluate(work)
+    if work.final is not None and work.left_suites:
+        _evaluate(work, work.final)
     if not work.keep_models:
         shutil.rmtree(work.folder / "model", ignore_errors=True)
 
 
-def _evaluate(work: Work) -> None:
+def _evaluate(work: Work, final: Finalists) -> None:
     import torch
 
     from corelora.evaluate.job import Settings
     from corelora.evaluate.run import evaluate
     from corelora.evaluate.subject import find_subject
-    from corelora.evaluate.suites import load_suite
+    from corelora.evaluate.suites import load_suite, with_data
 
-    settings = Settings(batch_size=256 if torch.cuda.is_available() else 16)
-    evaluate(find_subject(str(work.folder)), [load_suite(name) for name in work.left_suites], None, settings)
+    settings = Settings(batch_size=256 if torch.cuda.is_available() else 16, limit=final.limit)
+    suites = with_data([load_suite(name) for name in work.left_suites], final.data)
+    evaluate(find_subject(str(work.folder)), suites, final.protocol, settings)
 
 
 def _log_to(path: Path) -> None:

@@ -1,0 +1,126 @@
+"""A study's report: one HTML page with live charts that needs no network, the same tables in Markdown, runs as CSV."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+from tqdm.auto import tqdm
+
+from corelora.compare.charts import group_charts
+from corelora.compare.folder import StudyFolder
+from corelora.compare.standing import Standing
+from corelora.compare.study import Group
+from corelora.compare.tables import SAME, csv_text, group_leaders, leader_rows, markdown
+from corelora.train.folder import write_text
+
+HERE = Path(__file__).parent
+
+
+def report_study(folder: StudyFolder) -> list[Path]:
+    """Write report.html, report.md and runs.csv into a study's folder.
+
+    Args:
+        folder: of the study; runs that are missing or have failed are shown as such.
+
+    Returns:
+        The three paths.
+    """
+    paths = [folder.root / name for name in ("report.html", "report.md", "runs.csv")]
+    texts = [page_html(folder), f"# {folder.root.name}\n\n{folder.study.about}\n\n{markdown(folder)}", csv_text(folder)]
+    for path, text in zip(paths, texts, strict=True):
+        write_text(path, text)
+    return paths
+
+
+def page_html(folder: StudyFolder) -> str:
+    """The whole page."""
+    charts: list[dict[str, Any]] = []
+    groups = list(zip(folder.study.groups, folder.standings().values(), strict=True))
+    bar = tqdm(groups, desc="report", unit="group", delay=2, leave=False)
+    sections = [_group(folder, group, runs, charts) for group, runs in bar]
+    everything = {s.folder: s for _, runs in groups for s in runs}
+    body = [
+        f"<h1>{_text(folder.root.name)}</h1><p>{_text(folder.study.about)}</p>",
+        _summary(list(everything.values())),
+        "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g, _ in groups) + "</nav>",
+        *sections,
+        _failed(list(everything.values())),
+        _versions(folder, list(everything.values())),
+    ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    data = json.dumps(charts).replace("</", "<\\/")
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    title = _text(folder.root.name)
+    script = vl_convert.javascript_bundle(snippet=(HERE / "page.js").read_text(encoding="utf-8")).replace(
+        "</script", "<\\/script"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<title>{title}</title><style>{style}</style></head>'
+        f'<body>{"".join(body)}<script id="charts" type="application/json">{data}</script>'
+        f'<script type="module">{script}</script></body></html>\n'
+    )
+
+
+def _summary(runs: Sequence[Standing]) -> str:
+    count = {state: sum(s.state == state for s in runs) for state in ("done", "failed", "missing")}
+    seconds = sum((s.results or {}).get("seconds", 0) for s in runs)
+    shown = ", ".join(f"{n} {state}" for state, n in count.items() if n)
+    return (
+        f"<p>{len(runs)} runs: {shown}; {seconds / 3600:.2f} hours of running. Each setting is judged at its best "
+        f"tuned value. {SAME} marks what is within noise of the best: two standard errors of the difference over "
+        "seeds; a single seed can't say.</p>"
+    )
+
+
+def _group(folder: StudyFolder, group: Group, runs: Sequence[Standing], charts: list[dict[str, Any]]) -> str:
+    score, lower = folder.study.score_of(group)
+    parts = [f'<h2 id="{_anchor(group)}">{_text(group.name)}</h2><p>{_text(group.about)}</p>']
+    parts.append(_table(*leader_rows(folder, group, group_leaders(folder, group, runs))))
+    for title, chart in group_charts(group, runs, score, lower).items():
+        parts.append(f'<h3>{_text(title)}</h3><div class="chart" data-chart="{len(charts)}"></div>')
+        charts.append(chart.to_dict())
+    return "".join(parts)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(h)}</th>" for h in headers)
+    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _failed(runs: Sequence[Standing]) -> str:
+    found = [s for s in runs if s.failed is not None]
+    if not found:
+        return ""
+    shown = "".join(
+        f'<details><summary class="bad">{_text(s.run.name)}</summary><pre>{_text(s.failed["error"])}</pre></details>'
+        for s in found
+        if s.failed is not None
+    )
+    return f"<h2>Failed runs</h2>{shown}"
+
+
+def _versions(folder: StudyFolder, runs: Sequence[Standing]) -> str:
+    made = [s.results["versions"] for s in runs if s.results and "versions" in s.results]
+    different = {json.dumps(v, sort_keys=True): v for v in made}
+    shown = "".join(f"<pre>{_text(json.dumps(v, indent=1))}</pre>" for v in different.values())
+    names = "".join(f"<li><code>{_text(s.run.name)}</code>, {s.state}</li>" for s in runs)
+    command = f"corelora compare STUDY.yaml --output {folder.root}"
+    return (
+        f"<h2>How it was made</h2><pre>{_text(command)}</pre><details><summary>versions</summary>{shown}</details>"
+        f"<details><summary>{len(runs)} runs; recipe.yaml in its folder is the recipe of each</summary>"
+        f"<ul>{names}</ul></details>"
+    )
+
+
+def _anchor(group: Group) -> str:
+    return "".join(c if c.isalnum() else "-" for c in group.name.lower())
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
