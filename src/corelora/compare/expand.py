@@ -17,7 +17,6 @@ from corelora.recipe import Recipe, read_tree
 from corelora.recipe.tree import as_data, merged, read_yaml
 
 NOT_THE_RUN = ("about", "output")  # keys that change nothing that is trained
-LONGEST_NAME = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def with_seed(run: Planned, seed: int) -> Planned:
     recipe, problems = read_tree(Recipe, data)
     raise_all(problems, run.name)
     assert recipe is not None
-    return Planned(group=run.group, labels=run.labels, seed=seed, recipe=recipe, name=run_name(run.labels, recipe))
+    return Planned(group=run.group, labels=run.labels, seed=seed, recipe=recipe, name=run_name(recipe))
 
 
 def identity(recipe: Recipe) -> str:
@@ -77,10 +76,11 @@ def identity(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run_name(labels: Mapping[str, str], recipe: Recipe) -> str:
-    """A folder's name that a reader knows the run by: the first values of its axes, seed, identity."""
-    words = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(labels.values())).strip("-")
-    return f"{words[:LONGEST_NAME]}-s{recipe.loop.seed}-{identity(recipe)}"
+def run_name(recipe: Recipe) -> str:
+    """A folder's name from the recipe alone, so that groups share a run: data, method, rank, rate, seed, identity."""
+    rank = f"-r{recipe.method['r']}" if "r" in recipe.method else ""
+    words = f"{recipe.data.form}-{recipe.method['name']}{rank}-lr{recipe.optim.lr:g}-s{recipe.loop.seed}"
+    return f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', words)}-{identity(recipe)}"
 
 
 def _expand_group(study: Study, group: Group, where: Path) -> tuple[list[Planned], list[str]]:
@@ -97,7 +97,10 @@ def _expand_group(study: Study, group: Group, where: Path) -> tuple[list[Planned
             problems += [f"{group.name} ({what}): {p}" for p in wrong]
             if recipe is None:
                 continue
-            name = run_name(labels, recipe)
+            if "name" not in recipe.method:
+                problems.append(f"{group.name} ({what}): method.name is missing: no axis and no recipe says it")
+                continue
+            name = run_name(recipe)
             if all(name != r.name for r in runs):
                 runs.append(Planned(group=group.name, labels=labels, seed=seed, recipe=recipe, name=name))
     return runs, problems
@@ -117,7 +120,7 @@ def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """(label, recipe keys) of each value of an axis."""
     if isinstance(values, Mapping):
         return [(str(label), dict(keys)) for label, keys in values.items()]
-    return [(str(value), {SHORT.get(axis, axis): value}) for value in values]
+    return [(str(value), {axis: value}) for value in values]
 
 
 def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +131,8 @@ def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for key, value in keys.items():
-        *path, last = SHORT.get(key, key).split(".")
+        short = SHORT.get(key, key) if not isinstance(value, Mapping) else key
+        *path, last = short.split(".")
         node = out
         for step in path:
             node = node.setdefault(step, {})

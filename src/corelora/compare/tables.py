@@ -44,7 +44,7 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
             columns[axis].append(value)
         _add(columns, "best at", _shown(leader.tuned))
         _add(columns, score, _score(leader))
-        _add(columns, "seeds", str(len(leader.scores)))
+        _add(columns, "seeds", str(len(leader.scores) or ""))
         for name in _suite_scores(found):
             _add(columns, name.removeprefix("eval/"), _number(leader.average(name)))
         for name, values in published_columns(folder.where, group, found).items():
@@ -90,7 +90,7 @@ def run_rows(folder: StudyFolder) -> list[dict[str, Any]]:
                 f"eval/{s}: {k}": v.get("value") for s, all_ in run.evaluations.items() for k, v in all_.items()
             }
             known = {"group": name, **run.run.labels, "seed": run.run.seed, "state": run.state, "run": run.run.name}
-            rows.append({**known, **figures, **evaluated, "error": (run.failed or {}).get("error", "")})
+            rows.append({**known, **figures, **evaluated, "error": _first_line(run)})
     return rows
 
 
@@ -142,6 +142,10 @@ def _leader_data(leader: Leader) -> dict[str, Any]:
         "failed": leader.failed,
         "missing": leader.missing,
     }
+
+
+def _first_line(run: Standing) -> str:
+    return str(run.failed["error"]).splitlines()[0] if run.failed else ""
 
 
 def _suite_scores(found: Sequence[Leader]) -> list[str]:

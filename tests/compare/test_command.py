@@ -1,0 +1,178 @@
+"""`corelora compare` and `corelora report STUDY`, with real runs of a tiny model in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compare.helpers import opened, pretend, write_study
+from corelora.cli import main
+from corelora.compare.devices import Memory, find_devices
+from corelora.compare.page import report_study
+from corelora.compare.pool import Device, Pool, Running, Task
+from corelora.compare.standing import write_failed
+from corelora.compare.work import Work
+
+GROUPS = [
+    {
+        "name": "methods",
+        "axes": {"method": ["lora", "nlora", "inttune"], "lr": [1e-3, 1e-2]},
+        "tune": ["lr"],
+        "set": {"rank": 4},
+        "finalists": {"seeds": [1], "top": 1, "updates": True},
+    },
+    {"name": "one fails", "axes": {"method": ["nlora"], "rank": [4, 999]}},
+]
+
+
+def times(root: Path) -> dict[str, int]:
+    """When each run's results were written."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in root.glob("runs/*/results.json")}
+
+
+@pytest.mark.slow
+def test_a_study_killed_and_gone_on_with(folder, tmp_path, capsys):
+    """SIGKILL midway: its runs' processes end, too; the same command repeats nothing; a failed run stops no others."""
+    path, root = write_study(tmp_path / "file", folder, GROUPS), tmp_path / "study"
+    words = ["compare", str(path), "--output", str(root), "--jobs", "2"]
+    child = subprocess.Popen([sys.executable, "-m", "corelora", *words], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None and len(times(root)) < 2:
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    before = times(root)
+    assert 2 <= len(before) < 8
+    assert main(words) == 0
+    after = times(root)
+    assert {k: after[k] for k in before} == before
+    # Six, a finalist's second seed, and the other group's rank 4, which is the first group's; rank 999 fails.
+    assert len(after) == 6 + 1
+    failed = [json.loads(p.read_text()) for p in root.glob("runs/*/failed.json")]
+    assert len(failed) == 1
+    assert "999" in failed[0]["error"]
+    assert "failed  gsm8k-nlora-r999" in capsys.readouterr().out
+    assert main(words) == 0  # nothing is left to do
+    assert times(root) == after
+    assert main(["report", str(root)]) == 0
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert "Failed runs" in page
+    assert "spectra of what was learned" in page
+    assert not list(root.glob("runs/*/checkpoints"))
+
+
+@pytest.mark.slow
+def test_retry_and_shards(folder, tmp_path):
+    """A failed run is made again only where it is asked for; two shards make a study together."""
+    path, root = write_study(tmp_path / "file", folder, [GROUPS[1]]), tmp_path / "study"
+    words = ["compare", str(path), "--output", str(root)]
+    assert main([*words, "--shard", "1/2"]) == 0
+    [failed] = root.glob("runs/*/failed.json")
+    assert times(root) == {}
+    first = failed.stat().st_mtime_ns
+    assert main([*words, "--shard", "0/2"]) == 0
+    assert len(times(root)) == 1
+    assert main(words) == 0
+    assert failed.stat().st_mtime_ns == first
+    assert main([*words, "--retry"]) == 0
+    assert failed.stat().st_mtime_ns > first
+
+
+def test_list_dry_run_and_bad_words(folder, tmp_path, capsys):
+    """Nothing is run or written; mistakes are one message and exit code 2."""
+    path = write_study(tmp_path / "file", folder, GROUPS)
+    words = ["compare", str(path), "--output", str(tmp_path / "study")]
+    assert main([*words, "--list"]) == 0
+    assert "7 runs, 0 done" in capsys.readouterr().out
+    assert main([*words, "--dry-run"]) == 2
+    assert "999" in capsys.readouterr().err
+    for shard in ("2", "2/2", "a/b"):
+        assert main([*words, "--shard", shard]) == 2
+        assert "write it as I/N" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_device_takes_what_fits(folder, tmp_path):
+    """By memory, by number, and nothing beside what is not known."""
+    run = opened(tmp_path, folder, [GROUPS[0]]).first["methods"][0]
+    work = Work(recipe=run.recipe, folder=tmp_path)
+    task = lambda memory: Task(work=work, memory=memory)  # noqa: E731
+    running = lambda memory: Running(task=task(memory), process=None, alive=None, neighbours=False)  # noqa: E731
+    device = Device(number=0, free=10.0, most=3)
+    assert device.has_room(task(100.0))  # alone it is tried, whatever the estimate says
+    device.running = [running(6.0)]
+    assert device.has_room(task(4.0))
+    assert not device.has_room(task(4.1))
+    assert not device.has_room(task(None))
+    device.running = [running(None)]
+    assert not device.has_room(task(1.0))
+    device.running = [running(1.0)] * 3
+    assert not device.has_room(task(1.0))
+    assert Memory(find_devices(None)).of(work) == 0.0 or find_devices(None)[0].number is not None
+
+
+def test_a_gpu_is_estimated_once_a_setting(folder, tmp_path, monkeypatch):
+    """Rates and seeds change nothing; the estimate is a step's, with a margin."""
+    runs = opened(tmp_path, folder, [{**GROUPS[0], "seeds": [0, 3]}]).first["methods"]
+    memory = Memory([Device(number=0, free=1e9, most=2)])
+    asked = []
+    estimate = memory._estimate
+    monkeypatch.setattr(memory, "_estimate", lambda work: asked.append(work) or estimate(work))
+    found = {memory.of(Work(recipe=r.recipe, folder=tmp_path)) for r in runs}
+    assert len(asked) == 3
+    assert all(1e8 < f < 2e9 for f in found)
+
+
+def test_out_of_memory_beside_others_is_tried_alone(folder, tmp_path):
+    """Once: alone it has failed for good."""
+    run = opened(tmp_path, folder, [GROUPS[0]]).first["methods"][0]
+    task = Task(work=Work(recipe=run.recipe, folder=tmp_path), memory=1.0)
+    for neighbours, kind, again in ((True, "memory", True), (True, "other", False), (False, "memory", False)):
+        write_failed(tmp_path, "out of memory: ...", kind, "now")
+        ended = Running(task=task, process=None, alive=None, neighbours=neighbours)
+        assert Pool._again_alone(ended) == again
+        assert (tmp_path / "failed.json").is_file() != again
+
+
+@pytest.fixture
+def page(folder, tmp_path):
+    """A report of runs written by hand, one of them failed."""
+    group = {"name": "<b>ranks</b>", "axes": {"method": ["lora", "nlora"], "rank": [2, 4, 8], "lr": [1e-3, 1e-2]}}
+    study = opened(tmp_path, folder, [{**group, "tune": ["lr"]}])
+    pretend(study, lambda r: None if r.labels["rank"] == "8" else 1 / int(r.labels["rank"]) + r.recipe.optim.lr)
+    return report_study(study)[0]
+
+
+def test_the_page_needs_nothing_else(page):
+    """No address is loaded from; names are text; every chart has its data."""
+    text = page.read_text(encoding="utf-8")
+    assert "&lt;b&gt;ranks&lt;/b&gt;" in text
+    assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=", text.partition('<script type="module">')[0])
+    charts = json.loads(re.search(r'<script id="charts" type="application/json">(.*?)</script>', text, re.S)[1])
+    assert len(charts) == text.count('class="chart"') >= 4
+    assert (page.parent / "report.md").is_file()
+    assert len((page.parent / "runs.csv").read_text().splitlines()) == 13
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_page_in_a_browser(page):
+    """Every chart near the top is drawn, nothing is written to the console, wide and narrow, light and dark."""
+    for width, dark in ((1100, False), (390, True)):
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+        options += [f"--window-size={width},4000", "--virtual-time-budget=10000", f"file://{page}"]
+        options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+        done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in done.stderr
+        assert len(re.findall(r"<canvas|<svg[^>]+marks", done.stdout)) >= 4

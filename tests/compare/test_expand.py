@@ -1,0 +1,102 @@
+"""From a study's file to runs: grids, names, mistakes."""
+
+from __future__ import annotations
+
+import pytest
+
+from compare.helpers import opened, write_study
+from corelora.compare.expand import nested, with_seed
+from corelora.compare.study import load_study
+from corelora.errors import CoreLoraError
+
+RATES = {"name": "rates", "axes": {"method": ["lora", "nlora"], "rank": [2, 4], "lr": [1e-4, "1e-3"]}, "tune": ["lr"]}
+
+
+def test_a_grid_with_short_names(folder, tmp_path):
+    """Every point of the grid, each seed; values land in the recipe where their short names say."""
+    study = opened(tmp_path, folder, [{**RATES, "seeds": [0, 5], "set": {"loop.steps": 9}}])
+    runs = study.first["rates"]
+    assert len(runs) == 2 * 2 * 2 * 2 == len({r.name for r in runs})
+    run = next(r for r in runs if r.labels == {"method": "nlora", "rank": "4", "lr": "1e-3"} and r.seed == 5)
+    assert run.recipe.method == {"name": "nlora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+    assert (run.recipe.optim.lr, run.recipe.loop.seed, run.recipe.loop.steps) == (1e-3, 5, 9)
+    assert run.name.startswith("gsm8k-nlora-r4-lr0.001-s5-")
+    assert with_seed(run, 0).name in {r.name for r in runs}
+
+
+def test_values_with_names_of_their_own(folder, tmp_path):
+    """A named value sets several keys, a recipe file too; nested and dotted keys mean the same."""
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "other.yaml").write_text("base: base.yaml\nloop: {steps: 3}\n")
+    axes = {
+        "method": {
+            "LoRA+": {"method.name": "lora", "optim.name": "lora_plus"},
+            "small": {"method": {"name": "nora", "inner_r": 1}},
+        },
+        "task": {"other": {"recipe": "other.yaml"}, "own": {}},
+    }
+    study = opened(tmp_path, folder, [{"name": "named", "axes": axes, "set": {"method.r": 4}}])
+    by_labels = {tuple(r.labels.values()): r.recipe for r in study.first["named"]}
+    assert by_labels["LoRA+", "own"].optim.name == "lora_plus"
+    assert by_labels["LoRA+", "other"].loop.steps == 3
+    assert by_labels["small", "own"].method == {
+        "name": "nora",
+        "inner_r": 1,
+        "r": 4,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+
+
+def test_one_run_that_two_groups_ask_for(folder, tmp_path):
+    """It has one name, so it is made once."""
+    one = {"name": "one", "axes": {"method": ["lora"]}, "set": {"method.r": 4}}
+    two = {
+        "name": "two",
+        "axes": {
+            "method": ["lora"],
+        },
+        "set": {"rank": 4},
+    }
+    study = opened(tmp_path, folder, [one, two])
+    assert study.first["one"][0].name == study.first["two"][0].name
+
+
+def test_all_mistakes_of_the_file_at_once(folder, tmp_path):
+    """Unknown keys with the nearest, axes without values, tuned axes that are none, seeds twice, names twice."""
+    groups = [
+        {"name": "a", "axes": {"method": []}, "tune": ["lr"], "seeds": [0, 1], "finalists": {"seeds": [1, 2]}},
+        {"name": "a", "axes": {"method": ["lora"]}, "finalist": {}, "best": "low"},
+    ]
+    with pytest.raises(CoreLoraError) as caught:
+        load_study(write_study(tmp_path, folder, groups))
+    text = str(caught.value)
+    assert "unknown key 'groups[1].finalist'. Did you mean 'finalists'?" in text
+    assert "groups[1].best: unknown value 'low'. Did you mean 'lowest'?" in text
+    assert "groups[0].axes.method: a list of values" in text
+    assert "groups[0].tune: 'lr' is no axis" in text
+    assert "groups[0].finalists.seeds: [1] are seeds of every run already" in text
+    with pytest.raises(CoreLoraError, match="two are called 'a'"):
+        load_study(write_study(tmp_path, folder, [{"name": "a", "axes": {"method": ["lora"]}}] * 2))
+
+
+def test_recipes_that_cannot_be_built(folder, tmp_path):
+    """All of them, with the values that make them; a recipe that is no file."""
+    with pytest.raises(CoreLoraError) as caught:
+        opened(
+            tmp_path, folder, [{"name": "a", "axes": {"method": ["lora"], "optim.lrr": [1], "loop.steps": [0, "x"]}}]
+        )
+    text = str(caught.value)
+    assert "unknown key 'optim.lrr'. Did you mean 'lr'?" in text
+    assert "loop.steps: a whole number is expected, got 'x'" in text
+    with pytest.raises(CoreLoraError, match=r"gone\.yaml is no file beside tiny\.yaml"):
+        load_study(write_study(tmp_path, folder, [{"name": "a", "recipe": "gone.yaml", "axes": {"lr": [1]}}]))
+    with pytest.raises(CoreLoraError, match="lr holds a value, not keys"):
+        nested({"optim.lr": 1, "optim.lr.x": 2})
+
+
+def test_a_folder_with_something_else(folder, tmp_path):
+    """Nothing is mixed with it."""
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "thesis.tex").write_text("mine")
+    with pytest.raises(CoreLoraError, match="is not empty and holds no study"):
+        opened(tmp_path, folder, [{"name": "a", "axes": {"method": ["lora"]}}])

@@ -1,0 +1,145 @@
+"""Who leads, who is a finalist, what is noise: on run folders written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from compare.helpers import opened, pretend
+from corelora.compare.charts import pareto
+from corelora.compare.leaders import leaders
+from corelora.compare.tables import csv_text, leaders_text, list_text, markdown, study_data
+from corelora.errors import CoreLoraError
+
+LOSS = {("lora", "1e-4"): 0.7, ("lora", "1e-3"): 0.604, ("lora", "1e-2"): 0.6, ("nlora", "1e-4"): 0.5}
+GROUP = {
+    "name": "rates",
+    "axes": {"method": ["lora", "nlora"], "lr": ["1e-4", "1e-3", "1e-2"]},
+    "tune": ["lr"],
+    "set": {"rank": 4},
+}
+
+
+def loss(run):
+    """At 1e-3 and 1e-2 nlora diverges; each further seed is 0.002 above."""
+    value = LOSS.get((run.labels["method"], run.labels["lr"]))
+    return None if value is None else value + 0.002 * run.seed
+
+
+def test_each_at_its_best_rate(folder, tmp_path):
+    """Best first; failed runs counted; rates within 1 % of the best are usable, without a gap."""
+    study = opened(tmp_path, folder, [GROUP])
+    pretend(study, loss)
+    first, second = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
+    assert (first.name, dict(first.tuned), first.mean, first.failed) == ("nlora", {"lr": "1e-4"}, 0.5, 2)
+    assert (second.name, dict(second.tuned), second.usable) == ("lora", {"lr": "1e-2"}, (1e-3, 1e-2))
+    assert first.usable == (1e-4, 1e-4)
+    assert second.early_loss == pytest.approx(2 - 2 / 20)
+    assert leaders(study.study.groups[0], study.standings()["rates"], "test_loss", False)[0].name == "lora"
+
+
+def test_finalists_are_the_best_of_each_setting(folder, tmp_path):
+    """With every further seed; `top` keeps the best ones, `always` those that stay."""
+    final = {"seeds": [1, 2]}
+    for more, methods in (
+        ({}, {"nlora", "lora"}),
+        ({"top": 1}, {"nlora"}),
+        ({"top": 1, "always": [{"method": "lora"}]}, {"nlora", "lora"}),
+    ):
+        study = opened(tmp_path, folder, [{**GROUP, "finalists": {**final, **more}}])
+        pretend(study, loss)
+        further = study.further(study.study.groups[0])
+        assert {(r.labels["method"], r.labels["lr"], r.seed) for r in further} == {
+            (m, {"nlora": "1e-4", "lora": "1e-2"}[m], s) for m in methods for s in (1, 2)
+        }
+
+
+def test_no_finalists_before_all_first_runs_have_ended(folder, tmp_path):
+    study = opened(tmp_path, folder, [{**GROUP, "finalists": {"seeds": [1]}}])
+    pretend(study, loss)
+    missing = study.first["rates"][0].folder(study.root) / "results.json"
+    missing.unlink()
+    assert study.further(study.study.groups[0]) == []
+
+
+def test_noise_is_said_of_seeds_only(folder, tmp_path):
+    """Within two standard errors of the difference; one seed says nothing."""
+    study = opened(tmp_path, folder, [{**GROUP, "finalists": {"seeds": [1, 2]}}])
+    pretend(study, loss)
+    pretend(study, loss, study.further(study.study.groups[0]))
+    best, other = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
+    assert (best.noise, other.noise) == (None, False)
+    assert best.scores == (0.5, 0.502, 0.504)
+    assert best.deviation == pytest.approx(0.002)
+
+    def near(run):
+        if loss(run) is None or run.labels["lr"] == "1e-3":
+            return None
+        return 0.5 + 0.01 * run.seed + (0.005 if run.labels["lr"] == "1e-2" else 0.2 * (run.labels["method"] == "lora"))
+
+    pretend(study, near, study.further(study.study.groups[0]))
+    found = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
+    assert [x.noise for x in found] == [None, True]
+
+
+def test_the_tables_say_it(folder, tmp_path):
+    """Terminal, Markdown, CSV and JSON have the same figures; nothing that failed is left out."""
+    study = opened(tmp_path, folder, [GROUP])
+    pretend(study, loss)
+    text = leaders_text(study)
+    assert text.index("nlora") < text.index("lora ")
+    assert "0.001 to 0.01 (x10)" in text
+    assert "| nlora | lr 1e-4 | 0.5000 | 1 |" in markdown(study)
+    lines = csv_text(study).splitlines()
+    assert lines[0].startswith("group,method,lr,seed,state,run,")
+    assert sum("step 3: the loss is nan" in line for line in lines) == 2
+    data = json.loads(json.dumps(study_data(study)))
+    assert data["groups"][0]["leaders"][0]["mean"] == 0.5
+    assert len(data["runs"]) == 6
+    assert "6 runs, 4 done" in list_text(study)
+
+
+def test_a_setting_without_any_finished_run_comes_last(folder, tmp_path):
+    study = opened(tmp_path, folder, [GROUP])
+    pretend(study, lambda run: None if run.labels["method"] == "nlora" else 0.6)
+    found = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
+    assert [x.name for x in found] == ["lora", "nlora"]
+    assert math.isnan(found[1].mean)
+    assert "nlora" in leaders_text(study)
+
+
+def test_published_figures_stand_beside(folder, tmp_path):
+    """Matched by the axes that both name; ours is the figure that the study says; a wrong column is named."""
+    paper = {
+        "columns": ["gsm8k"],
+        "units": "%",
+        "rows": [
+            {"method": "LoRA", "rank": None, "values": {"gsm8k": 42.3}},
+            {"method": "NLoRA", "values": {"gsm8k": 57.7}},
+        ],
+    }
+    (tmp_path / "paper.json").write_text(json.dumps(paper))
+    published = {"file": "../paper.json", "columns": {"gsm8k": "eval/gsm8k-paper: accuracy"}}
+    study = opened(tmp_path, folder, [{**GROUP, "published": published}])
+    pretend(study, loss)
+    for run in study.first["rates"]:
+        place = run.folder(study.root) / "eval"
+        place.mkdir()
+        score = {"scores": {"accuracy": {"value": 0.25, "stderr": 0.01, "n": 4}}}
+        (place / "gsm8k-paper.json").write_text(json.dumps(score))
+    text = markdown(study)
+    assert "published gsm8k, %" in text
+    assert "| 57.7 | 25.00 |" in text
+    assert "| 42.3 | 25.00 |" in text
+    study.study.groups[0].published.columns = {"gsm9k": "test_loss"}
+    with pytest.raises(CoreLoraError, match=r"no column 'gsm9k'\. It has: gsm8k"):
+        markdown(study)
+
+
+def test_the_front():
+    """Neither cheaper nor better: off the front; equals stay."""
+    points = [(1, 0.9), (2, 0.5), (2, 0.5), (3, 0.6), (4, 0.4)]
+    assert pareto(points, True) == [True, True, True, False, True]
+    assert pareto([(1, 0.1), (2, 0.5), (3, 0.4)], False) == [True, True, False]
