@@ -9,7 +9,7 @@ from corelora.compare.expand import nested, with_seed
 from corelora.compare.study import load_study
 from corelora.errors import CoreLoraError
 
-RATES = {"name": "rates", "axes": {"method": ["lora", "nlora"], "rank": [2, 4], "lr": [1e-4, "1e-3"]}, "tune": ["lr"]}
+RATES = {"name": "rates", "axes": {"method": ["lora", "nlora"], "rank": [2, 4], "lr": [1e-4, 1e-3]}, "tune": ["lr"]}
 
 
 def test_a_grid_with_short_names(folder, tmp_path):
@@ -17,7 +17,7 @@ def test_a_grid_with_short_names(folder, tmp_path):
     study = opened(tmp_path, folder, [{**RATES, "seeds": [0, 5], "set": {"loop.steps": 9}}])
     runs = study.first["rates"]
     assert len(runs) == 2 * 2 * 2 * 2 == len({r.name for r in runs})
-    run = next(r for r in runs if r.labels == {"method": "nlora", "rank": "4", "lr": "1e-3"} and r.seed == 5)
+    run = next(r for r in runs if r.labels == {"method": "nlora", "rank": "4", "lr": "0.001"} and r.seed == 5)
     assert run.recipe.method == {"name": "nlora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
     assert (run.recipe.optim.lr, run.recipe.loop.seed, run.recipe.loop.steps) == (1e-3, 5, 9)
     assert run.name.startswith("gsm8k-nlora-r4-lr0.001-s5-")

@@ -13,10 +13,10 @@ from corelora.compare.leaders import leaders
 from corelora.compare.tables import csv_text, leaders_text, list_text, markdown, study_data
 from corelora.errors import CoreLoraError
 
-LOSS = {("lora", "1e-4"): 0.7, ("lora", "1e-3"): 0.604, ("lora", "1e-2"): 0.6, ("nlora", "1e-4"): 0.5}
+LOSS = {("lora", "0.0001"): 0.7, ("lora", "0.001"): 0.604, ("lora", "0.01"): 0.6, ("nlora", "0.0001"): 0.5}
 GROUP = {
     "name": "rates",
-    "axes": {"method": ["lora", "nlora"], "lr": ["1e-4", "1e-3", "1e-2"]},
+    "axes": {"method": ["lora", "nlora"], "lr": [1e-4, 1e-3, 1e-2]},
     "tune": ["lr"],
     "set": {"rank": 4},
 }
@@ -33,8 +33,8 @@ def test_each_at_its_best_rate(folder, tmp_path):
     study = opened(tmp_path, folder, [GROUP])
     pretend(study, loss)
     first, second = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
-    assert (first.name, dict(first.tuned), first.mean, first.failed) == ("nlora", {"lr": "1e-4"}, 0.5, 2)
-    assert (second.name, dict(second.tuned), second.usable) == ("lora", {"lr": "1e-2"}, (1e-3, 1e-2))
+    assert (first.name, dict(first.tuned), first.mean, first.failed) == ("nlora", {"lr": "0.0001"}, 0.5, 2)
+    assert (second.name, dict(second.tuned), second.usable) == ("lora", {"lr": "0.01"}, (1e-3, 1e-2))
     assert first.usable == (1e-4, 1e-4)
     assert second.early_loss == pytest.approx(2 - 2 / 20)
     assert leaders(study.study.groups[0], study.standings()["rates"], "test_loss", False)[0].name == "lora"
@@ -52,7 +52,7 @@ def test_finalists_are_the_best_of_each_setting(folder, tmp_path):
         pretend(study, loss)
         further = study.further(study.study.groups[0])
         assert {(r.labels["method"], r.labels["lr"], r.seed) for r in further} == {
-            (m, {"nlora": "1e-4", "lora": "1e-2"}[m], s) for m in methods for s in (1, 2)
+            (m, {"nlora": "0.0001", "lora": "0.01"}[m], s) for m in methods for s in (1, 2)
         }
 
 
@@ -75,9 +75,9 @@ def test_noise_is_said_of_seeds_only(folder, tmp_path):
     assert best.deviation == pytest.approx(0.002)
 
     def near(run):
-        if loss(run) is None or run.labels["lr"] == "1e-3":
+        if loss(run) is None or run.labels["lr"] == "0.001":
             return None
-        return 0.5 + 0.01 * run.seed + (0.005 if run.labels["lr"] == "1e-2" else 0.2 * (run.labels["method"] == "lora"))
+        return 0.5 + 0.01 * run.seed + (0.005 if run.labels["lr"] == "0.01" else 0.2 * (run.labels["method"] == "lora"))
 
     pretend(study, near, study.further(study.study.groups[0]))
     found = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
@@ -91,7 +91,7 @@ def test_the_tables_say_it(folder, tmp_path):
     text = leaders_text(study)
     assert text.index("nlora") < text.index("lora ")
     assert "0.001 to 0.01 (x10)" in text
-    assert "| nlora | lr 1e-4 | 0.5000 | 1 |" in markdown(study)
+    assert "| nlora | lr 0.0001 | 0.5000 | 1 |" in markdown(study)
     lines = csv_text(study).splitlines()
     assert lines[0].startswith("group,method,lr,seed,state,run,")
     assert sum("step 3: the loss is nan" in line for line in lines) == 2

@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("study", metavar="STUDY", help="a YAML file; docs/compare.md lists its keys")
     add("--output", metavar="FOLDER", help="the study's folder (studies/NAME-OF-THE-FILE)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key for all runs: loop.steps=50")
+    add("--data", action="append", default=[], metavar="FOLDER|TASK=PATH", help="local rows for the finalists' suites")
     add("--jobs", type=int, metavar="N", help="runs at a time on each GPU (as many as fit) or on the CPU (1)")
     add("--retry", action="store_true", help="make failed runs again")
     add("--shard", metavar="I/N", help="only every N-th run, beginning with the I-th from 0: one job of an array")
@@ -44,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         shard=_shard(arguments.shard),
         keep_models=arguments.keep_models,
     )
-    folder = start_study(path, Path(arguments.output or STUDIES / path.stem))
+    output = Path(arguments.output or STUDIES / path.stem)
+    folder = start_study(path, output, arguments.set, arguments.data)
     if arguments.list:
         print(list_text(folder))
         return 0

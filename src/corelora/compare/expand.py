@@ -120,7 +120,7 @@ def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """(label, recipe keys) of each value of an axis."""
     if isinstance(values, Mapping):
         return [(str(label), dict(keys)) for label, keys in values.items()]
-    return [(str(value), {axis: value}) for value in values]
+    return [(f"{v:g}" if isinstance(v, float) else str(v), {axis: v}) for v in values]
 
 
 def nested(keys: Mapping[str, Any]) -> dict[str, Any]:

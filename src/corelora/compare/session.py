@@ -128,13 +128,18 @@ class Session:
         return f"{score} {value:.4f}" if value is not None else f"no figure {score!r} came out"
 
 
-def start_study(path: Path, root: Path) -> StudyFolder:
+def start_study(path: Path, root: Path, overrides: Sequence[str] = (), data: Sequence[str] = ()) -> StudyFolder:
     """Read a study's file for a folder.
+
+    Args:
+        path: the study's file.
+        root: the study's folder.
+        overrides, data: as in `load_study`.
 
     Raises:
         CoreLoraError: anything wrong with the study; recipes that can't be built; a folder with something else in it.
     """
-    return open_study(load_study(path), path.parent, root)
+    return open_study(load_study(path, overrides, data), path.parent, root)
 
 
 def check_study(folder: StudyFolder) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,21 @@ class Study:
         return group.score or self.score, (group.best or self.best) == "lowest"
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path, overrides: Sequence[str] = (), data: Sequence[str] = ()) -> Study:
     """Read a study.
+
+    Args:
+        path: its file.
+        overrides: recipe keys over those of all runs, as after `--set`.
+        data: local rows for all suites, as after `corelora evaluate --data`.
 
     Raises:
         CoreLoraError: every mistake at once.
     """
-    study = load_recipe(Study, path)
+    study = load_recipe(Study, path, [f"set.{text}" for text in overrides])
+    for group in study.groups:
+        if group.finalists is not None:
+            group.finalists.data += data
     missing = [r for r in dict.fromkeys([study.recipe, *(g.recipe for g in study.groups)]) if r]
     raise_all(
         [f"recipe: {r} is no file beside {path.name}" for r in missing if not (path.parent / r).is_file()], str(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,15 @@ import yaml
 from corelora.errors import CoreLoraError, nearest, raise_all
 
 Part = TypeVar("Part")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML's safe loader, for which 2e-4 is a number, as in YAML 1.2; PyYAML by itself takes it for a text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def setting(text: str, default: Any = dataclasses.MISSING, *, choices: Sequence[str] = ()) -> Any:
@@ -61,7 +71,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise CoreLoraError(f"{path}: `base` leads back to this file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         guess = nearest(path.name, beside)
@@ -133,7 +143,7 @@ def _override(data: dict[str, Any], text: str) -> list[str]:
     if not equals or not key.strip():
         return [f"--set {text!r}: write it as key=value, such as optim.lr=2e-4"]
     try:
-        parsed = yaml.safe_load(value) if value.strip() else None
+        parsed = yaml.load(value, Loader) if value.strip() else None
     except yaml.YAMLError:
         return [f"--set {text!r}: {value!r} is not a YAML value"]
     *path, last = key.strip().split(".")

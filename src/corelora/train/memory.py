@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from corelora.errors import CoreLoraError
 from corelora.plan_memory import GIB, OPTIMIZERS, RESERVE, Step, StepMemory, StepSimulator, largest_batch
 from corelora.recipe import Recipe
-from corelora.train.methods import adapter_config, is_corelora, is_full, needs_stats, problems
+from corelora.train.methods import MANY_STEPS, adapter_config, is_corelora, is_full, needs_stats, problems
 from corelora.train.optim import optimizer_name
 from corelora.train.tasks import TASKS
 
@@ -58,7 +58,7 @@ def meta_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
         return model
     # Statistics change no shape, so the weights' own stand in for them.
     method = {**recipe.method, "stats": "weight"} if needs_stats(recipe.method) else recipe.method
-    adapter = adapter_config(method, task.task_type, task.heads(model), 1)
+    adapter = adapter_config(method, task.task_type, task.heads(model), recipe.loop.steps or MANY_STEPS)
     assert adapter is not None
     try:
         if is_corelora(method):

@@ -45,6 +45,9 @@ class AdapterNeeds:
     total_steps: int | None = None
 
 
+MANY_STEPS = 1_000_000  # where a run's length is not known yet: a schedule of any length fits into it
+
+
 def method_names() -> list[str]:
     """Every name that `method.name` can have, PEFT's own ones with their prefix where corelora has the bare one."""
     peft_names = [*LORA_VARIANTS, *(_lower(t) for t in PEFT_TYPE_TO_CONFIG_MAPPING if _lower(t) != "corelora")]
@@ -89,7 +92,7 @@ def problems(method: Mapping[str, Any], needs: AdapterNeeds | None = None) -> li
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _build(method, needs or AdapterNeeds(task_type="CAUSAL_LM", total_steps=1))
+            _build(method, needs or AdapterNeeds(task_type="CAUSAL_LM", total_steps=MANY_STEPS))
     except (CoreLoraError, ValueError, TypeError, UnknownSettingError) as error:
         return [f"method: {line}" for line in _lines(error)]
     return []
