@@ -1,9 +1,10 @@
-"""Draws the figures of docs/ from the result files: `python docs/make_plots.py`. Needs matplotlib."""
+"""Draws the figures of docs/ from the result files: `python docs/make_plots.py`. Needs matplotlib and Altair."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -13,6 +14,8 @@ from matplotlib import pyplot as plt
 
 from corelora.bench.floors import all_shapes, floor
 from corelora.bench.peers import Ranks
+from corelora.compare.charts import scores_chart
+from corelora.compare.leaders import Leader
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent
@@ -80,8 +83,23 @@ def _finish(figure: Any, axes: Any, target: Path) -> None:
     plt.close(figure)
 
 
+def draw_study(source: Path, target: Path, group: int = 0) -> None:
+    """Every seed's score and their mean, for the settings of a study's group: the report's own chart."""
+    data = json.loads(source.read_text())["groups"][group]
+    found = []
+    for leader in data["leaders"]:
+        if leader["scores"]:
+            seeds = tuple(SimpleNamespace(run=SimpleNamespace(seed=int(seed))) for seed in leader["scores"])
+            setting, scores = tuple(leader["setting"].items()), tuple(leader["scores"].values())
+            found.append(Leader(setting=setting, tuned=(), runs=seeds, scores=scores, failed=0, missing=0, usable=None))
+    chart = scores_chart(found, data["score"], data["lower_is_better"])
+    chart.properties(width=620, background="white").save(target, scale_factor=1.5)
+
+
 def main() -> int:
     """Draw what there are results for."""
+    for source in sorted((ROOT / "results").glob("study-*.json")):
+        draw_study(source, ROOT / "img" / f"{source.stem}.png")
     draw_step(ROOT / "results" / "step-h100.jsonl", ROOT / "img" / "step-h100.png")
     batches = sorted((ROOT / "results").glob("batches-*.jsonl"))
     for source in batches:

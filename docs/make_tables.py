@@ -6,6 +6,7 @@ says whether all tables are current.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ import corelora
 from corelora.bench.floors import all_shapes, floor
 from corelora.bench.peers import Ranks
 from corelora.bench.tables import Table, layers_tables, serve_tables, start_tables, step_tables
+from corelora.compare.study import Finalists, Group, Published, Study
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +122,56 @@ def training(task: str, metric: str, percent: bool) -> Callable[[], str]:
     return made
 
 
+def keys(part: type) -> Callable[[], str]:
+    """Every key of a part of a file that a user writes."""
+
+    def made() -> str:
+        rows = []
+        for f in dataclasses.fields(part):
+            default = "required" if f.default is f.default_factory is dataclasses.MISSING else _default(f)
+            rows.append([f"`{f.name}`", default, str(f.metadata["help"]).replace("|", "\\|")])
+        return _table(["key", "if not given", "what"], rows)
+
+    return made
+
+
+def _default(f: dataclasses.Field) -> str:
+    value = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    return "" if value in (None, "") else f"`{json.dumps(value)}`"
+
+
+def study(name: str) -> Callable[[], str]:
+    """The leaders of each group of a study, as `corelora compare ... --json` printed them."""
+
+    def made() -> str:
+        parts = []
+        for group in json.loads((RESULTS / name).read_text())["groups"]:
+            parts.append(f"{group['name']}:\n\n{_leaders(group)}")
+        return "\n\n".join(parts)
+
+    return made
+
+
+def _leaders(group: dict[str, Any]) -> str:
+    rows = []
+    for leader in group["leaders"]:
+        spread = "" if leader["deviation"] is None else f" ± {leader['deviation']:.4f}"
+        score = "failed" if leader["mean"] is None else f"{leader['mean']:.4f}{spread}"
+        tuned = ", ".join(f"{axis} {value}" for axis, value in leader["best_at"].items())
+        trained = "" if leader["trained_parameters"] is None else f"{leader['trained_parameters']:,.0f}"
+        same = " ≈" if leader["within_noise_of_best"] else ""
+        rows.append([*leader["setting"].values(), tuned, score + same, str(len(leader["scores"])), trained])
+    header = [*group["leaders"][0]["setting"], "best at", group["score"].replace("_", " "), "seeds", "trained"]
+    kept = [n for n in range(len(header)) if any(row[n] for row in rows)]
+    return _table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])
+
+
 TABLES = {
+    "study-keys": keys(Study),
+    "group-keys": keys(Group),
+    "finalists-keys": keys(Finalists),
+    "published-keys": keys(Published),
+    "study-tiny": study("study-tiny.json"),
     "train-gsm8k": training("gsm8k", "test_loss", percent=False),
     "train-sst2": training("sst2", "test_accuracy", percent=True),
     "train-cola": training("cola", "test_matthews_correlation", percent=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -58,7 +59,7 @@ def test_a_study_killed_and_gone_on_with(folder, tmp_path, capsys):
     failed = [json.loads(p.read_text()) for p in root.glob("runs/*/failed.json")]
     assert len(failed) == 1
     assert "999" in failed[0]["error"]
-    assert "failed  gsm8k-nlora-r999" in capsys.readouterr().out
+    assert "failed  gsm8k-nlora-r999" in capsys.readouterr().err
     assert main(words) == 0  # nothing is left to do
     assert times(root) == after
     assert main(["report", str(root)]) == 0
@@ -176,3 +177,13 @@ def test_the_page_in_a_browser(page):
         done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120, check=True)
         assert "CONSOLE" not in done.stderr
         assert len(re.findall(r"<canvas|<svg[^>]+marks", done.stdout)) >= 4
+
+
+def test_a_chart_for_the_documents(tmp_path):
+    """The pictures of docs/ are the report's charts, drawn from the result files."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("make_plots", docs / "make_plots.py")
+    plots = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plots)
+    plots.draw_study(docs / "results" / "study-tiny.json", tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 5000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,10 @@ class Session:
         standing = stand(self.known[task.work.folder], self.root)
         name = standing.run.name
         if standing.failed is not None:
-            tqdm.write(f"failed  {name}: {str(standing.failed['error']).splitlines()[0]}")
+            line = f"failed  {name}: {str(standing.failed['error']).splitlines()[0]}"
         else:
-            tqdm.write(f"done    {name}: {self._scored(standing)}, {(standing.results or {}).get('seconds', 0):.0f} s")
+            line = f"done    {name}: {self._scored(standing)}, {(standing.results or {}).get('seconds', 0):.0f} s"
+        tqdm.write(line, file=sys.stderr)  # where the bar is; standard output has results only
 
     def _scored(self, standing: Standing) -> str:
         group = next(g for g in self.study.groups if g.name == standing.run.group)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from corelora.compare.standing import UPDATES
 from corelora.recipe import Recipe, load_recipe
 from corelora.train.folder import RunFolder, write_json
-from corelora.train.methods import is_full
+from corelora.train.methods import is_whole
 from corelora.train.tasks import TASKS
 
 VALUES = 32  # singular values kept of each layer
@@ -40,7 +40,7 @@ def measure_updates(folder: Path) -> list[dict[str, Any]]:
     recipe = replace(recipe, model=replace(recipe.model, dtype="float32", quantize=None))
     task = TASKS[recipe.task]
     config, processor = task.load_config(recipe), task.load_processor(recipe)
-    full = is_full(recipe.method)
+    full = is_whole(recipe.method)
     base = task.load_model(recipe, config, processor, None)
     tuned: Any = task.load_model(recipe, config, processor, str(run.weights(full)) if full else None)
     if not full:
