@@ -228,7 +228,7 @@ def _streams(source: SourcePart, split: str) -> tuple[list[Stream], Any]:
     if is_local(source.path):
         files = find_files(Path(source.path).expanduser(), split)
         return _open_local(source, split), [[p.name, digest_of(p)] for p in files]
-    dataset = _load_hub(source, split)
+    dataset = load_hub(source, split)
     return [Stream(f"{source.path} {split}", lambda: _hub_items(dataset))], [
         source.path,
         source.subset,
@@ -254,7 +254,12 @@ def is_local(path: str) -> bool:
     return written or Path(path).exists() or not _HUB_NAME.fullmatch(path)
 
 
-def _load_hub(source: SourcePart, split: str) -> datasets.Dataset:
+def load_hub(source: SourcePart, split: str) -> datasets.Dataset:
+    """A hub set's split, or a part of one.
+
+    Raises:
+        CoreLoraError: it can't be read.
+    """
     try:
         return datasets.load_dataset(source.path, source.subset, split=split, revision=source.revision)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:

@@ -18,6 +18,7 @@ from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe, read_tree
 from corelora.recipe.schema import ModelPart
 from corelora.train.folder import RunFolder
+from corelora.train.methods import is_whole
 from corelora.train.models import load_model, load_model_config, load_tokenizer
 
 
@@ -65,7 +66,7 @@ def find_subject(name: str, output: str | None = None, dtype: str = "auto") -> S
     run = RunFolder(path)
     if run.recipe.is_file():
         recipe = _recipe_of(run)
-        full = recipe.method["name"] == "full"
+        full = is_whole(recipe.method)
         weights = run.weights(full)
         if not weights.is_dir():
             raise CoreLoraError(f"{path}: this run is not finished: {weights.name}/ is not there. Train it first.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from corelora.recipe.tree import setting
 
-AUGMENTS = ("none", "light")
+AUGMENTS = ("none", "light", "strong")
 
 
 @dataclass(kw_only=True)
@@ -16,7 +16,12 @@ class ImagesPart:
     classes: list[str] | None = setting("Only these classes, as the set names them; all if not given.", None)
     split_file: str | None = setting("CoOp's split file of the set (split_zhou_*.json): which picture is where.", None)
     shots: int | None = setting("Pictures a class to train on, drawn with the run's seed; all if not given.", None)
-    augment: str = setting("`light`: random crop and flip while training.", "light", choices=AUGMENTS)
+    augment: str = setting(
+        "While training: `light` crops at least half of a picture and flips it, `strong` crops at least 8 % (as "
+        "CLIP-LoRA does), `none` does nothing.",
+        "light",
+        choices=AUGMENTS,
+    )
     templates: list[str] | None = setting(
         "Prompts of a class name, `a photo of a {}.`; the set's own if not given.", None
     )

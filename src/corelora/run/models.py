@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,22 @@ def smollm2_folder() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise CoreLoraError(f"reading {gguf.name} needs the package gguf. Install it with: {INSTALL}")
     print(f"converting {gguf.name} once into {folder} (about 20 s)", flush=True)
+    return converted_once(folder, lambda out: _convert(gguf, out))
+
+
+def converted_once(folder: Path, convert: Callable[[Path], None]) -> Path:
+    """A folder with a model, converted where it is not there yet.
+
+    Args:
+        folder: where it is kept.
+        convert: writes config and weights into an empty folder.
+    """
+    if _is_complete(folder):
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:
-        _convert(gguf, temporary)
+        convert(temporary)
         _move(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

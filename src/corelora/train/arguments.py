@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, TrainingArguments
 from corelora.recipe import Recipe
 from corelora.recipe.schema import ModelPart
 from corelora.train.folder import RunFolder
+from corelora.train.methods import is_whole
 from corelora.train.models import DTYPES
 from corelora.train.optim import optimizer_name
 from corelora.train.processes import placement
@@ -37,20 +38,23 @@ def precision_problems(recipe: Recipe, config: PretrainedConfig | None) -> list[
     weights = weight_dtype(recipe.model, config)
     if precision == "float32" and weights != torch.float32 and recipe.model.quantize is None:
         found.append(f"loop.precision: float32 with weights in {_name(weights)}; set model.dtype to float32 as well.")
-    if recipe.method.get("name") == "full" and weights == torch.float16:
-        found.append("model.dtype: full fine-tuning can't unscale gradients in float16; use float32 or bfloat16.")
-    if recipe.method.get("name") == "full" and recipe.model.quantize is not None:
+    if is_whole(recipe.method) and weights == torch.float16:
+        found.append("model.dtype: training weights can't unscale gradients in float16; use float32 or bfloat16.")
+    if is_whole(recipe.method) and recipe.model.quantize is not None:
         found.append("model.quantize: quantised weights can't be trained; use a method with an adapter.")
     return found
 
 
-def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, config: PretrainedConfig, output: Path, counts_tokens: bool = True
+) -> TrainingArguments:
     """Trainer's settings for this run.
 
     Args:
         recipe: the run's.
         config: the model's, for the type of its weights.
         output: the run folder.
+        counts_tokens: the rows are tokens, which are counted as they are read.
     """
     loop = recipe.loop
     tests = loop.test_every is not None and recipe.data.test is not None
@@ -74,7 +78,7 @@ def training_arguments(recipe: Recipe, config: PretrainedConfig, output: Path) -
         run_name=output.name,
         train_sampling_strategy="random" if recipe.data.shuffle else "sequential",
         remove_unused_columns=False,  # the collators take what they need
-        include_num_input_tokens_seen="all" if recipe.data.packing else "non_padding",
+        include_num_input_tokens_seen=("all" if recipe.data.packing else "non_padding") if counts_tokens else "no",
         disable_tqdm=True,  # our own bar shows more
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,

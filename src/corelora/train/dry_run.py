@@ -17,11 +17,15 @@ from corelora.errors import CoreLoraError, UnknownSettingError, nearest, raise_a
 from corelora.plan_memory import GIB
 from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
-from corelora.train import classify, instruct  # noqa: F401  (they register themselves)
+from corelora.train import (  # noqa: F401  (they register themselves)
+    classify,
+    image_classification,
+    instruct,
+)
 from corelora.train.arguments import precision_problems, weight_dtype
 from corelora.train.folder import RunFolder
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
-from corelora.train.methods import is_full
+from corelora.train.methods import is_whole
 from corelora.train.methods import problems as method_problems
 from corelora.train.models import load_model_config, model_problems
 from corelora.train.optim import problems as optim_problems
@@ -69,7 +73,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     found += optim_problems(recipe.optim, recipe.method)
     found += model_problems(recipe.model)
     found += _reporter_problems(recipe)
-    found += start_problems(recipe.model, full=is_full(recipe.method))
+    found += start_problems(recipe.model, full=is_whole(recipe.method))
     data = TASKS[recipe.task].problems(recipe) if recipe.task in TASKS else []
     found += data
     config = None

@@ -12,7 +12,7 @@ from typing import Any
 from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
 from corelora.train.folder import RunFolder, versions
-from corelora.train.methods import is_full
+from corelora.train.methods import is_whole
 from corelora.train.progress import memory_bytes
 from corelora.train.tasks import TASKS, Rows
 
@@ -26,7 +26,7 @@ def save_weights(trainer: Any, folder: RunFolder, processor: Any, recipe: Recipe
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return
-    path = folder.weights(is_full(recipe.method))
+    path = folder.weights(is_whole(recipe.method))
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     TASKS[recipe.task].save(trainer.accelerator.unwrap_model(trainer.model), temporary, processor, state)

@@ -22,7 +22,16 @@ from transformers import PretrainedConfig
 from corelora.errors import CoreLoraError
 from corelora.plan_memory import GIB, OPTIMIZERS, RESERVE, Step, StepMemory, StepSimulator, largest_batch
 from corelora.recipe import Recipe
-from corelora.train.methods import MANY_STEPS, adapter_config, is_corelora, is_full, needs_stats, problems
+from corelora.train.methods import (
+    MANY_STEPS,
+    adapter_config,
+    freeze_below,
+    is_corelora,
+    is_head,
+    is_whole,
+    needs_stats,
+    problems,
+)
 from corelora.train.optim import optimizer_name
 from corelora.train.tasks import TASKS
 
@@ -54,7 +63,9 @@ def meta_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
     """
     task = TASKS[recipe.task]
     model = task.make_meta(recipe, config)
-    if is_full(recipe.method):
+    if is_head(recipe.method):
+        freeze_below(model, task.heads(model))
+    if is_whole(recipe.method):
         return model
     # Statistics change no shape, so the weights' own stand in for them.
     method = {**recipe.method, "stats": "weight"} if needs_stats(recipe.method) else recipe.method
@@ -207,7 +218,7 @@ def _candidates(recipe: Recipe) -> list[Candidate]:
     if model.dtype in ("auto", "float32") and model.quantize is None:
         # float32 arithmetic over smaller weights would be refused
         add(model={"dtype": "bfloat16"}, **({"loop": {"precision": "auto"}} if loop.precision == "float32" else {}))
-    if not is_full(recipe.method):
+    if not is_whole(recipe.method):
         for kind in ("8bit", "4bit"):
             if model.quantize is None or QUANTIZED[kind] < QUANTIZED[model.quantize]:
                 add(model={"quantize": kind})

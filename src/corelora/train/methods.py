@@ -1,4 +1,4 @@
-"""What a recipe's `method` means: a corelora config, a PEFT config, or full fine-tuning.
+"""What a recipe's `method` means: a corelora config, a PEFT config, full fine-tuning, or a new head alone.
 
 A bare name is corelora's where corelora has it, else PEFT's. `peft:NAME` is always PEFT's, so that `lora` and
 `peft:lora`, which differ in code but not in mathematics, can be compared.
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
+from torch import nn
 
 from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, UnknownSettingError, nearest, raise_all, unknown_name
 from corelora.registry import METHODS, OUTERS
 
 FULL = "full"
+HEAD = "head"  # frozen features: the baseline of every adapter under a new head
+WHOLE = {FULL: "full fine-tuning", HEAD: "training the head alone"}
 PEFT_PREFIX = "peft:"
 
 # PEFT's names for variants of its LoRA: the fields that make them.
@@ -52,12 +55,39 @@ def method_names() -> list[str]:
     """Every name that `method.name` can have, PEFT's own ones with their prefix where corelora has the bare one."""
     peft_names = [*LORA_VARIANTS, *(_lower(t) for t in PEFT_TYPE_TO_CONFIG_MAPPING if _lower(t) != "corelora")]
     own = set(METHODS)
-    return sorted({FULL, *own, *(PEFT_PREFIX + n if n in own else n for n in peft_names)})
+    return sorted({FULL, HEAD, *own, *(PEFT_PREFIX + n if n in own else n for n in peft_names)})
 
 
 def is_full(method: Mapping[str, Any]) -> bool:
     """Whether everything trains, without an adapter."""
     return method.get("name") == FULL
+
+
+def is_head(method: Mapping[str, Any]) -> bool:
+    """Whether only a new head trains, on frozen features."""
+    return method.get("name") == HEAD
+
+
+def is_whole(method: Mapping[str, Any]) -> bool:
+    """Whether the run has no adapter, so that its result is a whole model."""
+    return is_full(method) or is_head(method)
+
+
+def freeze_below(model: nn.Module, heads: Sequence[str]) -> None:
+    """Let nothing but a model's heads train.
+
+    Args:
+        model: without an adapter.
+        heads: names of the modules that train.
+
+    Raises:
+        CoreLoraError: there is no head.
+    """
+    if not heads:
+        raise CoreLoraError(f"method.name: {HEAD} trains a new head alone, and this task's model has none")
+    model.requires_grad_(False)
+    for name in heads:
+        model.get_submodule(name).requires_grad_(True)
 
 
 def is_corelora(method: Mapping[str, Any]) -> bool:
@@ -82,8 +112,8 @@ def problems(method: Mapping[str, Any], needs: AdapterNeeds | None = None) -> li
     name = method.get("name")
     if name is None:
         return [f"method.name is missing. Known: {', '.join(method_names())}."]
-    if is_full(method):
-        return [f"method.{key}: full fine-tuning has no settings." for key in method if key != "name"]
+    if is_whole(method):
+        return [f"method.{key}: {WHOLE[str(name)]} has no settings." for key in method if key != "name"]
     if not is_corelora(method) and _peft_type(str(name)) is None:
         return [f"method.name: {unknown_name('method', name, method_names())}"]
     found = _unknown_fields(method)
@@ -101,7 +131,7 @@ def problems(method: Mapping[str, Any], needs: AdapterNeeds | None = None) -> li
 def adapter_config(
     method: Mapping[str, Any], task_type: str | None, heads: Sequence[str] = (), total_steps: int | None = None
 ) -> PeftConfig | None:
-    """The config of a recipe's `method`, or None for full fine-tuning.
+    """The config of a recipe's `method`, or None where the run has no adapter.
 
     Args:
         method: `name` and the fields of that method's config.
@@ -112,7 +142,7 @@ def adapter_config(
     """
     needs = AdapterNeeds(task_type=task_type, heads=tuple(heads), total_steps=total_steps)
     raise_all(problems(method, needs), "recipe")
-    return None if is_full(method) else _build(method, needs)
+    return None if is_whole(method) else _build(method, needs)
 
 
 def _build(method: Mapping[str, Any], needs: AdapterNeeds) -> PeftConfig:

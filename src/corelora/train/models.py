@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Pretrain
 from corelora.errors import CoreLoraError, unknown_name
 from corelora.recipe.schema import ModelPart
 from corelora.run.models import minilm_folder, smollm2_folder
+from corelora.vision.efficientnet_lite import efficientnet_lite0_folder
 
 PACKAGE = "package:"
-PACKAGES = {"smollm2": smollm2_folder, "minilm": minilm_folder}
+PACKAGES = {"smollm2": smollm2_folder, "minilm": minilm_folder, "efficientnet-lite0": efficientnet_lite0_folder}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,7 +46,7 @@ def load_model_config(part: ModelPart, **settings: Any) -> PretrainedConfig:
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise CoreLoraError(f"model.name: {source} holds no config.json")
     try:
-        return AutoConfig.from_pretrained(source, **_where(part), **settings)
+        return AutoConfig.from_pretrained(source, **model_place(part), **settings)
     except (OSError, ValueError, KeyError) as error:
         raise CoreLoraError(f"model.name: no model at {source!r} ({_first_line(error)})") from None
 
@@ -58,7 +59,7 @@ def load_tokenizer(part: ModelPart) -> Any:
     """
     source = model_source(part)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_where(part))
+        tokenizer = AutoTokenizer.from_pretrained(source, **model_place(part))
     except (OSError, ValueError, KeyError) as error:
         raise CoreLoraError(f"model.name: no tokenizer at {source!r} ({_first_line(error)})") from None
     if tokenizer.pad_token_id is None:
@@ -69,7 +70,13 @@ def load_tokenizer(part: ModelPart) -> Any:
 
 
 def load_model(
-    part: ModelPart, config: PretrainedConfig, auto_class: Any, checkpointing: bool, start_from: str | None = None
+    part: ModelPart,
+    config: PretrainedConfig,
+    auto_class: Any,
+    checkpointing: bool,
+    start_from: str | None = None,
+    *,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """The model with its weights, on the CPU; a quantised one where it will train, since it can't be moved.
 
@@ -79,6 +86,7 @@ def load_model(
         auto_class: transformers' class of the task, such as AutoModelForCausalLM.
         checkpointing: the run recomputes activations.
         start_from: a folder with weights to take instead; a head of another size begins anew.
+        new_head: the pretrained head need not have the size that the config says.
 
     Raises:
         CoreLoraError: the weights can't be read, or the storage needs a package that is missing.
@@ -86,9 +94,9 @@ def load_model(
     source = start_from or model_source(part)
     options: dict[str, Any] = {
         "config": config,
-        "ignore_mismatched_sizes": start_from is not None,
+        "ignore_mismatched_sizes": start_from is not None or new_head,
         "dtype": DTYPES.get(part.dtype, "auto"),
-        **_where(part),
+        **model_place(part),
     }
     if part.attention is not None:
         options["attn_implementation"] = part.attention
@@ -138,7 +146,8 @@ def _quantization(kind: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     )
 
 
-def _where(part: ModelPart) -> dict[str, Any]:
+def model_place(part: ModelPart) -> dict[str, Any]:
+    """Which revision, and whether its code runs, as transformers takes both."""
     return {"revision": part.revision or "main", "trust_remote_code": part.trust_remote_code}
 
 

@@ -17,7 +17,7 @@ from corelora.train.checkpoints import Checkpoint, newest_checkpoint, newest_who
 from corelora.train.disk import disk_errors
 from corelora.train.folder import RunFolder, versions
 from corelora.train.lock import locked
-from corelora.train.methods import is_full
+from corelora.train.methods import is_whole
 from corelora.train.processes import on_main
 from corelora.train.progress import read_metrics
 from corelora.train.story import say
@@ -89,7 +89,7 @@ def look(folder: RunFolder, recipe: Recipe) -> Standing:
     Raises:
         CoreLoraError: the folder holds another run, or something that is no run.
     """
-    finished = folder.results.is_file() and folder.weights(is_full(recipe.method)).is_dir()
+    finished = folder.results.is_file() and folder.weights(is_whole(recipe.method)).is_dir()
     checkpoint = None if finished else newest_whole(folder.checkpoints, say)
     if folder.recipe.is_file() and not folder.versions.is_file():
         raise CoreLoraError(f"{folder.recipe} was not written by a run, which would replace it: give another --output")

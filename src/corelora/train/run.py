@@ -24,7 +24,7 @@ from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
 from corelora.train.memory import explain, fits, is_out_of_memory
-from corelora.train.methods import adapter_config, needs_stats
+from corelora.train.methods import adapter_config, freeze_below, is_head, is_whole, needs_stats
 from corelora.train.plots import loss_curve
 from corelora.train.processes import is_main, meet
 from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
@@ -117,7 +117,8 @@ def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
         CoreLoraError: bad rows; rows that train no stop token.
     """
     task = TASKS[recipe.task]
-    arguments = training_arguments(recipe, config, folder.root)  # before any model: DeepSpeed's ZeRO-3 wants to know
+    # before any model: DeepSpeed's ZeRO-3 wants to know
+    arguments = training_arguments(recipe, config, folder.root, task.reads_tokens)
     set_fast(recipe.loop.fast)
     processor = task.load_processor(recipe)
     rows = {"train": task.encode(recipe, "train", processor)}
@@ -148,12 +149,14 @@ def build_model(run: Run) -> Any:
         CoreLoraError: it can't be loaded, or not be trained on this data.
     """
     recipe, part = run.recipe, run.recipe.model
-    full = recipe.method["name"] == "full"
+    full = is_whole(recipe.method)
     source = str(weights_folder(part.start_from, full=True)) if full and part.start_from else None
     set_seed(recipe.loop.seed)  # a new head is drawn while loading
     model = run.task.load_model(recipe, run.config, run.processor, source)
     with gathered_in_turn(model):
         raise_all(run.task.model_problems(recipe, model, run.collator), "recipe")
+    if is_head(recipe.method):
+        freeze_below(model, run.task.heads(model))
     method = dict(recipe.method)
     if needs_stats(method):
         method["stats"] = collect(run, model)

@@ -10,7 +10,8 @@ from accelerate import PartialState
 
 from corelora.recipe import Recipe
 from corelora.train.folder import RunFolder
-from corelora.train.methods import is_full
+from corelora.train.methods import is_whole
+from corelora.train.tasks import TASKS
 
 SHOWN = 1500  # characters of the sample
 
@@ -41,7 +42,7 @@ def shortened(text: str, limit: int = SHOWN) -> str:
 def next_steps(recipe: Recipe, output: Path, results: dict[str, Any]) -> str:
     """What came out, where it is, and what to do with it."""
     folder = RunFolder(output)
-    weights = folder.weights(is_full(recipe.method))
+    weights = folder.weights(is_whole(recipe.method))
     tested = [f"test {k.removeprefix('test_')} {v:.4f}" for k, v in results.items() if _is_figure(k, v)]
     figures = ", ".join([f"training loss {results['train_loss']:.4f}", *tested])
     speed = f"{results['seconds']:.0f} s" + (
@@ -50,7 +51,7 @@ def next_steps(recipe: Recipe, output: Path, results: dict[str, Any]) -> str:
     lines = [
         f"{results['steps']} steps, {figures}; {speed}; {results['trained_parameters']:,} numbers trained",
         "",
-        f"  {weights!s:40s} the {'model' if is_full(recipe.method) else 'adapter'}, with its tokenizer",
+        f"  {weights!s:40s} the {'model' if is_whole(recipe.method) else 'adapter'}, with its {_reader(recipe)}",
         f"  {folder.metrics!s:40s} loss and speed, a line every {recipe.loop.log_every} steps",
         f"  {folder.curve!s:40s} the loss curve",
         f"  {folder.results!s:40s} all figures and versions",
@@ -61,9 +62,13 @@ def next_steps(recipe: Recipe, output: Path, results: dict[str, Any]) -> str:
     if suite is not None:
         lines.append(f"  corelora evaluate {output} --suite {suite}")
     lines.append(f"  corelora report {output}")
-    if not is_full(recipe.method):
+    if not is_whole(recipe.method):
         lines.append(f"  corelora export {weights} FOLDER    a plain LoRA for any server")
     return "\n".join(lines)
+
+
+def _reader(recipe: Recipe) -> str:
+    return "tokenizer" if TASKS[recipe.task].reads_tokens else "processor"
 
 
 def _is_figure(key: str, value: Any) -> bool:
