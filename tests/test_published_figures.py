@@ -9,8 +9,8 @@ import pytest
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "docs" / "published").glob("*.json"))
 LABELS = {
-    "model", "method", "rank", "lr", "optimizer", "parameters", "shots", "outer", "core_start", "inner_start", "structure",
-    "position",
+    "model", "method", "rank", "lr", "optimizer", "parameters", "shots", "outer", "core_start", "inner_start",
+    "structure", "position",
 }  # fmt: skip
 
 

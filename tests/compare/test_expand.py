@@ -6,6 +6,7 @@ import pytest
 
 from compare.helpers import opened, write_study
 from corelora.compare.expand import nested, with_seed
+from corelora.compare.session import start_study
 from corelora.compare.study import load_study
 from corelora.errors import CoreLoraError
 
@@ -39,12 +40,21 @@ def test_values_with_names_of_their_own(folder, tmp_path):
     by_labels = {tuple(r.labels.values()): r.recipe for r in study.first["named"]}
     assert by_labels["LoRA+", "own"].optim.name == "lora_plus"
     assert by_labels["LoRA+", "other"].loop.steps == 3
-    assert by_labels["small", "own"].method == {
-        "name": "nora",
-        "inner_r": 1,
-        "r": 4,
-        "target_modules": ["q_proj", "v_proj"],
+    assert by_labels["small", "own"].method == {"name": "nora", "inner_r": 1, "r": 4}
+
+
+def test_a_whole_method_takes_the_place_of_the_recipes(folder, tmp_path):
+    """Fields of another method don't carry over; a name alone leaves them, and so does what the study sets."""
+    axes = {
+        "setting": {"full": {"method": {"name": "full"}}, "own": {"method": {"r": 8}}, "name": {"method.name": "slora"}}
     }
+    path = write_study(tmp_path / "file", folder, [{"name": "a", "axes": axes}])
+    recipe = (tmp_path / "file" / "base.yaml").read_text().replace("method:", "method:\n  name: nlora\n  r: 4")
+    (tmp_path / "file" / "base.yaml").write_text(recipe)
+    runs = {r.labels["setting"]: r.recipe.method for r in start_study(path, tmp_path / "study").first["a"]}
+    assert runs["full"] == {"name": "full"}
+    assert (runs["own"]["name"], runs["own"]["r"]) == ("nlora", 8)
+    assert (runs["name"]["name"], runs["name"]["r"]) == ("slora", 4)
 
 
 def test_one_run_that_two_groups_ask_for(folder, tmp_path):

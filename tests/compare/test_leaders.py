@@ -50,9 +50,9 @@ def test_finalists_are_the_best_of_each_setting(folder, tmp_path):
     ):
         study = opened(tmp_path, folder, [{**GROUP, "finalists": {**final, **more}}])
         pretend(study, loss)
-        further = study.further(study.study.groups[0])
-        assert {(r.labels["method"], r.labels["lr"], r.seed) for r in further} == {
-            (m, {"nlora": "0.0001", "lora": "0.01"}[m], s) for m in methods for s in (1, 2)
+        chosen = study.finalists(study.study.groups[0])
+        assert {(r.labels["method"], r.labels["lr"], r.seed) for r in chosen} == {
+            (m, {"nlora": "0.0001", "lora": "0.01"}[m], s) for m in methods for s in (0, 1, 2)
         }
 
 
@@ -61,14 +61,14 @@ def test_no_finalists_before_all_first_runs_have_ended(folder, tmp_path):
     pretend(study, loss)
     missing = study.first["rates"][0].folder(study.root) / "results.json"
     missing.unlink()
-    assert study.further(study.study.groups[0]) == []
+    assert study.finalists(study.study.groups[0]) == []
 
 
 def test_noise_is_said_of_seeds_only(folder, tmp_path):
     """Within two standard errors of the difference; one seed says nothing."""
     study = opened(tmp_path, folder, [{**GROUP, "finalists": {"seeds": [1, 2]}}])
     pretend(study, loss)
-    pretend(study, loss, study.further(study.study.groups[0]))
+    pretend(study, loss, study.finalists(study.study.groups[0]))
     best, other = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
     assert (best.noise, other.noise) == (None, False)
     assert best.scores == (0.5, 0.502, 0.504)
@@ -79,7 +79,7 @@ def test_noise_is_said_of_seeds_only(folder, tmp_path):
             return None
         return 0.5 + 0.01 * run.seed + (0.005 if run.labels["lr"] == "0.01" else 0.2 * (run.labels["method"] == "lora"))
 
-    pretend(study, near, study.further(study.study.groups[0]))
+    pretend(study, near, study.finalists(study.study.groups[0]))
     found = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
     assert [x.noise for x in found] == [None, True]
 
@@ -117,11 +117,16 @@ def test_published_figures_stand_beside(folder, tmp_path):
         "units": "%",
         "rows": [
             {"method": "LoRA", "rank": None, "values": {"gsm8k": 42.3}},
-            {"method": "NLoRA", "values": {"gsm8k": 57.7}},
+            {"method": "NLoRA", "model": "LLaMA-2-7B", "values": {"gsm8k": 57.7}},
+            {"method": "NLoRA", "model": "Mistral-7B", "values": {"gsm8k": 73.9}},
         ],
     }
     (tmp_path / "paper.json").write_text(json.dumps(paper))
-    published = {"file": "../paper.json", "columns": {"gsm8k": "eval/gsm8k-paper: accuracy"}}
+    published = {
+        "file": "../paper.json",
+        "where": {"model": "LLaMA-2-7B"},
+        "columns": {"gsm8k": "eval/gsm8k-paper: accuracy"},
+    }
     study = opened(tmp_path, folder, [{**GROUP, "published": published}])
     pretend(study, loss)
     for run in study.first["rates"]:

@@ -91,7 +91,10 @@ def _expand_group(study: Study, group: Group, where: Path) -> tuple[list[Planned
         for seed in group.seeds:
             file = above.get("recipe") or group.recipe or study.recipe
             keys = {k: v for k, v in above.items() if k != "recipe"}
-            data = _laid_over(read_yaml(where / str(file)), below, nested(keys), {"loop": {"seed": seed}})
+            base = read_yaml(where / str(file))
+            if any(_is_whole_method(k, v) for given in (study.set, group.set, keys) for k, v in given.items()):
+                base.pop("method", None)
+            data = _laid_over(base, below, nested(keys), {"loop": {"seed": seed}})
             recipe, wrong = read_tree(Recipe, data)
             what = ", ".join(f"{axis} {value}" for axis, value in labels.items())
             problems += [f"{group.name} ({what}): {p}" for p in wrong]
@@ -141,6 +144,11 @@ def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(node.get(last), Mapping) and isinstance(value, Mapping)
         node[last] = merged(node[last], value) if both else value
     return out
+
+
+def _is_whole_method(key: str, value: Any) -> bool:
+    """Whether a key is a method with its name: the recipe's own method, whose fields may be another's, gives way."""
+    return key == "method" and isinstance(value, Mapping) and "name" in value
 
 
 def _laid_over(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which runs are repeated with more seeds, once the first ones are done."""
+"""Which runs are repeated with more seeds and evaluated, once the first ones are done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from corelora.compare.study import Group
 
 
 def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> list[Planned]:
-    """The further runs of a group: its best settings, and those that stay whatever came out, with each further seed.
+    """The finalists' runs: the best settings, and those that stay whatever came out, each with every seed.
 
     Args:
         group: of the study.
@@ -24,12 +24,8 @@ def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -
     ranked = [leader for leader in leaders(group, runs, score, lower) if leader.runs]
     chosen = ranked[: group.finalists.top]
     chosen += [x for x in ranked if x not in chosen and any(_is(x, wanted) for wanted in group.finalists.always)]
-    return [with_seed(leader.runs[0].run, seed) for leader in chosen for seed in group.finalists.seeds]
-
-
-def is_finalist(run: Planned, further: Sequence[Planned]) -> bool:
-    """Whether a run of the first seeds is one that was repeated."""
-    return any(run.labels == other.labels for other in further)
+    first = [standing.run for leader in chosen for standing in leader.runs]
+    return first + [with_seed(leader.runs[0].run, seed) for leader in chosen for seed in group.finalists.seeds]
 
 
 def _is(leader: Leader, wanted: dict) -> bool:

@@ -42,8 +42,8 @@ class StudyFolder:
         data = {"where": os.path.relpath(self.where, self.root), **as_data(self.study)}
         write_text(self.root / STUDY, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
-    def further(self, group: Group) -> list[Planned]:
-        """The finalists' further runs; none before the group's first ones have all ended."""
+    def finalists(self, group: Group) -> list[Planned]:
+        """The finalists' runs, every seed; none before the group's first runs have all ended."""
         standings = stand_all(self.first[group.name], self.root)
         if any(s.state == "missing" for s in standings):
             return []
@@ -53,7 +53,7 @@ class StudyFolder:
     def standings(self) -> dict[str, list[Standing]]:
         """What is known of each group's runs, finalists too."""
         return {
-            group.name: stand_all([*self.first[group.name], *self.further(group)], self.root)
+            group.name: stand_all(distinct([*self.first[group.name], *self.finalists(group)]), self.root)
             for group in self.study.groups
         }
 

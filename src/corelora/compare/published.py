@@ -35,8 +35,8 @@ def published_columns(where: Path, group: Group, found: Sequence[Leader]) -> dic
         if name not in data["columns"]:
             raise CoreLoraError(f"{group.published.file}: no column {name!r}. It has: {', '.join(data['columns'])}.")
         heading = f"published {name}, {data.get('units', '')}".rstrip(", ")
-        columns[heading] = {x.setting: _figure(data, dict(x.setting), name) for x in found}
-        columns[f"measured {name}"] = {x.setting: _measured(x, figure) for x in found}
+        columns[heading] = {x.setting: _figure(data, {**dict(x.setting), **group.published.where}, name) for x in found}
+        columns[f"measured {name}"] = {x.setting: _measured(x, figure, group.published.scale) for x in found}
     return columns
 
 
@@ -55,9 +55,9 @@ def _plain(value: Any) -> str:
     return re.sub(r"[^a-z0-9.]", "", str(value).lower())
 
 
-def _measured(leader: Leader, figure: str) -> str:
+def _measured(leader: Leader, figure: str, scale: float) -> str:
     value = leader.average(figure)
-    return "" if value is None else f"{100 * value:.2f}" if 0 <= value <= 1 else f"{value:.4g}"
+    return "" if value is None else f"{scale * value:.2f}"
 
 
 def _read(path: Path) -> dict[str, Any]:

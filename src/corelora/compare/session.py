@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from corelora.compare.devices import Memory, find_devices, without_rates
 from corelora.compare.expand import Planned
-from corelora.compare.finalists import is_finalist
 from corelora.compare.folder import StudyFolder, distinct, open_study
 from corelora.compare.pool import Pool, Task
 from corelora.compare.standing import FAILED, Standing, stand, stand_all
@@ -69,12 +68,7 @@ class Session:
 
     def _final_runs(self) -> list[tuple[Planned, Group | None]]:
         """The finalists' runs, those of the first seeds too: they are evaluated likewise."""
-        found: list[tuple[Planned, Group | None]] = []
-        for group in self.study.groups:
-            further = self.folder.further(group)
-            found += [(run, group) for run in further]
-            found += [(run, group) for run in self.folder.first[group.name] if is_finalist(run, further)]
-        return found
+        return [(run, group) for group in self.study.groups for run in self.folder.finalists(group)]
 
     def _make(self, runs: Sequence[tuple[Planned, Group | None]]) -> None:
         works = {run.folder(self.root): self._work(run, group) for run, group in runs}

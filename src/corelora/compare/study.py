@@ -34,17 +34,19 @@ class Published:
     """Figures that a paper prints for the same comparison."""
 
     file: str = setting("A JSON file of docs/published, found relative to the study.")
+    where: dict[str, Any] = setting("Only rows of that file with these values, such as `model: LLaMA-2-7B`.", dict)
     columns: dict[str, str] = setting(
         "Columns of that file, and the figure of a run that each is beside: `test_accuracy` of results.json, or "
-        "`eval/gsm8k-paper: accuracy` as SUITE-PROTOCOL and score."
+        "`eval/gsm8k-paper: gsm8k (gsm8k_paper)` as SUITE-PROTOCOL and score."
     )
+    scale: float = setting("What our figure is multiplied with to be in the paper's units; 100 for percent.", 100.0)
 
 
 @dataclass(kw_only=True)
 class Finalists:
     """Which runs of a group's first seed are repeated with more seeds."""
 
-    seeds: list[int] = setting("Further seeds.")
+    seeds: list[int] = setting("Further seeds.", list)
     top: int | None = setting(
         "Only so many, the best ones; each compared setting, at its best tuned value, if not given.", None
     )
