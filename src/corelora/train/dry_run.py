@@ -19,13 +19,14 @@ from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
 from corelora.train import (  # noqa: F401  (they register themselves)
     classify,
+    clip_few_shot,
     image_classification,
     instruct,
 )
 from corelora.train.arguments import precision_problems, weight_dtype
 from corelora.train.folder import RunFolder
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
-from corelora.train.methods import is_whole
+from corelora.train.methods import clipped_ranks, is_whole
 from corelora.train.methods import problems as method_problems
 from corelora.train.models import load_model_config, model_problems
 from corelora.train.optim import problems as optim_problems
@@ -46,6 +47,7 @@ class Facts:
         trained_bytes: size of what trains.
         disk: bytes that checkpoints and the result will take.
         free: bytes free where the run folder will be.
+        clipped: how many layers have a smaller rank than was asked for; None where none has.
     """
 
     config: PretrainedConfig
@@ -54,6 +56,7 @@ class Facts:
     trained_bytes: int
     disk: int
     free: int
+    clipped: str | None = None
 
 
 def check(recipe: Recipe, output: Path) -> Facts:
@@ -117,6 +120,7 @@ def plan(recipe: Recipe, output: Path) -> str:
         "",
         f"model     {recipe.model.name}, {facts.parameters:,} parameters, weights in {recipe.model.quantize or dtype}",
         f"method    {recipe.method['name']}, {facts.trained:,} of them train ({share:.2f} %)",
+        *([f"          {facts.clipped}"] if facts.clipped else []),
         f"length    {length} of {loop.batch_size} x {loop.accumulate} rows a device",
         f"disk      {facts.disk / GIB:.2f} GiB of {facts.free / GIB:.2f} GiB free",
         *_memory_lines(recipe, facts.config),
@@ -182,6 +186,7 @@ def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: P
         trained_bytes=size,
         disk=size * (STATES * (recipe.loop.keep + 1) + 1),  # one more than is kept, while it is written
         free=shutil.disk_usage(_existing(output)).free + _replaced(output),
+        clipped=clipped_ranks(model),
     )
 
 

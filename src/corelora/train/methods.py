@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, UnknownSettingError, nearest, raise_all, unknown_name
 from corelora.registry import METHODS, OUTERS
+from corelora.tuner_layer import CoreLoraLayer
 
 FULL = "full"
 HEAD = "head"  # frozen features: the baseline of every adapter under a new head
@@ -143,6 +144,22 @@ def adapter_config(
     needs = AdapterNeeds(task_type=task_type, heads=tuple(heads), total_steps=total_steps)
     raise_all(problems(method, needs), "recipe")
     return None if is_whole(method) else _build(method, needs)
+
+
+def clipped_ranks(model: nn.Module) -> str | None:
+    """How many layers have a smaller rank than was asked for, in one line; None where none has.
+
+    Args:
+        model: with or without an adapter, on any device.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    config: Any = model.active_peft_config
+    layers = [m for m in model.modules() if isinstance(m, CoreLoraLayer)]
+    small = [m for m in layers if m.cores[model.active_adapter].spec.r < config.rank_for(m.key)]
+    if not small:
+        return None
+    return f"rank {config.r} is clipped to the smaller side of {len(small)} of {len(layers)} layers"
 
 
 def _build(method: Mapping[str, Any], needs: AdapterNeeds) -> PeftConfig:

@@ -83,11 +83,11 @@ class PictureTask(Task):
         return {}
 
     def sample(self, row: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
-        """The picture's file and size, and its label as what is trained."""
+        """The picture's file and size, and its class as what is trained."""
         height, width = processor.size()
         path = row[PICTURE]["path"]
         name = Path(path).name if path else "a picture"
-        return [(f"{name}, as {height} x {width} pixels -> class ", False), (str(row["labels"]), True)]
+        return [(f"{name}, as {height} x {width} pixels -> class ", False), (row["name"], True)]
 
     def measure(self, recipe: Recipe) -> Callable[[Any], dict[str, float]]:
         """The mean loss of a picture and the accuracy of the first answer."""

@@ -60,7 +60,9 @@ class ProgressBar(TrainerCallback):
         seconds = time.perf_counter() - self.began
         rate = (state.num_input_tokens_seen - self.tokens_before) / max(seconds, 1e-9)
         used = memory_bytes()
-        shown = {"loss": f"{float(logs['loss']):.4f}", "tokens/s": f"{rate:,.0f}"}
+        shown = {"loss": f"{float(logs['loss']):.4f}"}
+        if rate > 0:  # 0: the rows are no tokens
+            shown["tokens/s"] = f"{rate:,.0f}"
         if used is not None:
             shown["GiB"] = f"{used / 2**30:.1f}"
         self.bar.set_postfix(shown)

@@ -24,7 +24,7 @@ from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
 from corelora.train.memory import explain, fits, is_out_of_memory
-from corelora.train.methods import adapter_config, freeze_below, is_head, is_whole, needs_stats
+from corelora.train.methods import adapter_config, clipped_ranks, freeze_below, is_head, is_whole, needs_stats
 from corelora.train.plots import loss_curve
 from corelora.train.processes import is_main, meet
 from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
@@ -179,6 +179,9 @@ def adapted(run: Run, model: Any, config: PeftConfig) -> Any:
         # Heads are excluded whether the targets would have met them or not.
         warnings.filterwarnings("ignore", message=".*exclude_modules.*")
         model = get_peft_model(model, config)
+    clipped = clipped_ranks(model)
+    if clipped:
+        say(clipped)
     given = run.recipe.model.start_from
     if given is not None:
         left = load_start(model, given)

@@ -48,7 +48,7 @@ class Processor:
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Pictures in RGB, of any size -> [b, 3, height, width], without any chance."""
-        return self.images(images=list(pictures), return_tensors="pt")["pixel_values"]
+        return self.images(images=list(pictures), return_tensors="pt")["pixel_values"].float()
 
     def size(self) -> tuple[int, int]:
         """(height, width) of every tensor.
