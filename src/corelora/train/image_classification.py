@@ -24,10 +24,9 @@ class ImageClassification(PictureTask):
     auto_class = AutoModelForImageClassification
 
     def config_settings(self, recipe: Recipe) -> dict[str, Any]:
-        """As many outputs as there are classes, with their names."""
+        """The classes' names, and so as many outputs."""
         names = dict(enumerate(chosen_of(recipe).names))
         return {
-            "num_labels": len(names),
             "id2label": names,
             "label2id": {name: n for n, name in names.items()},
             "problem_type": "single_label_classification",
