@@ -38,7 +38,7 @@ def run(tmp_path):
     (tmp_path / "eval" / "toy-paper.json").write_text(json.dumps(suite))
     rows = [{"step": n, "loss": 2.0 / n} for n in range(1, 9)] + [{"step": 8, "test_loss": 0.3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    results = {"method": {"name": "nlora"}, "trained_parameters": 1234, "test_loss": 0.3, "seconds": 9}
+    results = {"method": "nlora", "trained_parameters": 1234, "test_loss": 0.3, "seconds": 9}
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
 

@@ -141,7 +141,7 @@ def test_ten_textures_by_the_recipes_own_settings(tmp_path):
         recipe = load_recipe(Recipe, ROOT / "dtd-efficientnet" / f"{name}.yaml", changes)
         facts = check(recipe, tmp_path)
         assert facts.parameters > 3_000_000
-    # Stem, top, 16 projections, 15 expansions; narrower than 32: the stem (27 wide), three of each (16, 24, 24 channels).
+    # Stem, top, 16 projections, 15 expansions; narrower than 32: the stem (27 wide), three of each (16 to 24 channels).
     assert facts.clipped == "rank 32 is clipped to the smaller side of 7 of 33 layers"
 
 

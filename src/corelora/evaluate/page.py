@@ -54,7 +54,8 @@ def _page(folder: Path, suites: Sequence[dict[str, Any]], metrics: Sequence[dict
     parts = [f"<h1>{_text(folder.name)}</h1>"]
     results = folder / "results.json"
     if results.is_file():
-        parts.append(_training(_read(results)))
+        figures = _read(results)
+        parts += [_training(figures), _classes(figures.get("classes") or {})]
     parts += ["<h2>Training</h2>", _curve(metrics)] if metrics else []
     parts += ["<h2>Scores</h2>", _scores(suites)] if suites else []
     parts += [_suite(suite) for suite in suites]
@@ -68,15 +69,27 @@ def _page(folder: Path, suites: Sequence[dict[str, Any]], metrics: Sequence[dict
 
 def _training(results: Mapping[str, Any]) -> str:
     """The run in a line."""
-    method = results.get("method", {})
-    facts = [str(method.get("name", "")), f"{results.get('trained_parameters', 0):,} trained parameters"]
+    facts = [str(results.get("method", "")), f"{results.get('trained_parameters', 0):,} trained parameters"]
     facts += [f"{key.replace('_', ' ')} {value:.4f}" for key, value in results.items() if _is_figure(key, value)]
     facts.append(f"{results.get('seconds', 0):,.0f} s")
     return f"<p>{_text(' · '.join(f for f in facts if f))}</p>"
 
 
 def _is_figure(key: str, value: Any) -> bool:
-    return key.startswith("test_") and isinstance(value, float)
+    return key.startswith(("test_", "zero_shot_")) and isinstance(value, float)
+
+
+def _classes(classes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy of each class of pictures, as a run of pictures has them."""
+    if not classes:
+        return ""
+    rows = []
+    for name, own in classes.items():
+        accuracy = "" if own["accuracy"] is None else f"{100 * own['accuracy']:.1f}"
+        cells = [name, f"{own['pictures']:,}", accuracy, own["taken_for"] or ""]
+        rows.append("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in cells) + "</tr>")
+    head = "<tr><th>class</th><th>test pictures</th><th>percent right</th><th>most often taken for</th></tr>"
+    return f'<h2>Classes</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _scores(suites: Sequence[dict[str, Any]]) -> str:
