@@ -183,8 +183,9 @@ def _load_base(config: Any, name: str | None, folder: str) -> nn.Module:
     else:
         raise CoreLoraError(f"{folder} does not say which class its base model has: give base_model as a model")
     labels = _labels(config, folder)
+    head = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}  # the file has the head itself
     try:
-        return model_class.from_pretrained(name, dtype="auto", **({"num_labels": labels} if labels else {}))
+        return model_class.from_pretrained(name, dtype="auto", **head)
     except (OSError, ValueError) as error:  # not a name, nothing there, or no network
         raise CoreLoraError(
             f"the base model {name!r} can't be loaded: give another one as base_model (--base) ({error})"
@@ -194,7 +195,8 @@ def _load_base(config: Any, name: str | None, folder: str) -> nn.Module:
 def _labels(config: Any, folder: str) -> int | None:
     """How many labels the head of a classifier has that is in the adapter's file, None where it holds none."""
     weights = Path(folder, WEIGHTS)
-    if _task(config) not in ("SEQ_CLS", "TOKEN_CLS") or not weights.is_file():
+    shows_pictures = str((config.auto_mapping or {}).get("base_model_class")).endswith("ForImageClassification")
+    if not (shows_pictures or _task(config) in ("SEQ_CLS", "TOKEN_CLS")) or not weights.is_file():
         return None
     with safe_open(weights, framework="pt") as file:
         heads = [k for k in file.keys() for m in config.modules_to_save or () if f".{m}." in k]  # noqa: SIM118

@@ -6,6 +6,7 @@ The model that is exported keeps its weights: merged ones are new tensors in a c
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from corelora.storage import readable
 from corelora.tuner_layer import CoreLoraLayer
 
 _TOKENIZER = "tokenizer_config.json"
+_IMAGES = "preprocessor_config.json"
 
 
 @torch.no_grad()
@@ -33,7 +35,7 @@ def export_merged(
     check: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write the base model with an adapter merged into its weights, and the tokenizer where there is one on disk.
+    """Write the base model with an adapter merged into its weights, and its tokenizer or processor from the disk.
 
     Args:
         model_or_adapter_folder: a PeftModel, a model with an injected adapter, or the folder of a saved adapter.
@@ -58,7 +60,7 @@ def export_merged(
         raise_all(_problems(inner, layers), "export of merged weights")
         plain = _merged(inner, layers, adapter_name)
         plain.save_pretrained(folder)
-        _copy_tokenizer(model_or_adapter_folder, inner, folder)
+        _copy_processors(model_or_adapter_folder, inner, folder)
         if check and isinstance(plain, PreTrainedModel):
             again: Any = type(plain).from_pretrained(folder, dtype=next(plain.parameters()).dtype)
             check_outputs(inner, adapter_name, again.to(next(plain.parameters()).device))
@@ -102,10 +104,13 @@ def _merged(inner: nn.Module, layers: dict[str, CoreLoraLayer], name: str) -> An
     return plain
 
 
-def _copy_tokenizer(source: Any, inner: Any, folder: Path) -> None:
-    """Save the tokenizer of the adapter's folder, or else of the base's."""
-    places = [source] if isinstance(source, (str, os.PathLike)) else []
-    for place in [*places, getattr(inner, "name_or_path", "")]:
-        if place and (Path(place) / _TOKENIZER).is_file():
-            AutoTokenizer.from_pretrained(place).save_pretrained(folder)
-            return
+def _copy_processors(source: Any, inner: Any, folder: Path) -> None:
+    """Save tokenizer and image processor of the adapter's folder, or else of the base's."""
+    given = [source] if isinstance(source, (str, os.PathLike)) else []
+    places = [Path(place) for place in [*given, getattr(inner, "name_or_path", "")] if place]
+    reads = [place for place in places if (place / _TOKENIZER).is_file()]
+    if reads:
+        AutoTokenizer.from_pretrained(reads[0]).save_pretrained(folder)
+    sees = [place for place in places if (place / _IMAGES).is_file()]
+    if sees:
+        shutil.copyfile(sees[0] / _IMAGES, folder / _IMAGES)

@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
+from corelora import export_lora
 from corelora.errors import CoreLoraError
+from corelora.merged import export_merged
 from corelora.train.dry_run import check, plan
 from corelora.train.methods import clipped_ranks
 from corelora.train.progress import read_metrics
@@ -65,7 +67,7 @@ def test_every_method_learns(kind, method, models, pictures, tmp_path):
     assert loaded == pytest.approx(results["test_accuracy"])
 
 
-def answers(base, adapter, pictures):
+def answers(base, adapter, pictures, processor=None):
     """Accuracy on the test pictures of what was saved, by plain transformers and PEFT."""
     from PIL import Image
 
@@ -74,7 +76,7 @@ def answers(base, adapter, pictures):
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    processor = AutoImageProcessor.from_pretrained(adapter or base)
+    processor = AutoImageProcessor.from_pretrained(processor or adapter or base)
     right = []
     for n, kind in enumerate(sorted(TEXTURES)):
         shown = [Image.open(p) for p in sorted((pictures / "test" / kind).glob("*.png"))]
@@ -82,6 +84,17 @@ def answers(base, adapter, pictures):
             logits = model.eval()(**processor(images=shown, return_tensors="pt")).logits
         right += (logits.argmax(dim=1) == n).tolist()
     return sum(right) / len(right)
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_the_next_steps_work(kind, models, pictures, tmp_path):
+    """What a run ends with: its adapter as a plain LoRA, and merged, from the folder alone."""
+    recipe = recipe_of(models, pictures, kind, "nlora", loop={"steps": 8}, optim={"lr": 1e-2})
+    expected = train(recipe, tmp_path / "run")["test_accuracy"]
+    export_lora(tmp_path / "run" / "adapter", tmp_path / "lora", for_="peft")
+    export_merged(tmp_path / "run" / "adapter", tmp_path / "merged")
+    assert answers(models[kind], tmp_path / "lora", pictures, tmp_path / "run" / "adapter") == pytest.approx(expected)
+    assert answers(tmp_path / "merged", None, pictures) == pytest.approx(expected)
 
 
 def test_above_chance_on_pictures_that_it_has_not_seen(models, pictures, tmp_path):

@@ -44,6 +44,7 @@ class PictureTask(Task):
 
     reads_tokens = False
     task_type = None  # PEFT has none for pictures
+    exports = "FOLDER --for peft    a plain LoRA for PEFT"
     has_texts = False  # a text tower reads the classes' prompts
 
     def load_processor(self, recipe: Recipe) -> Processor:

@@ -63,7 +63,7 @@ def next_steps(recipe: Recipe, output: Path, results: dict[str, Any]) -> str:
         lines.append(f"  corelora evaluate {output} --suite {suite}")
     lines.append(f"  corelora report {output}")
     if not is_whole(recipe.method):
-        lines.append(f"  corelora export {weights} FOLDER    a plain LoRA for any server")
+        lines.append(f"  corelora export {weights} {TASKS[recipe.task].exports}")
     return "\n".join(lines)
 
 

@@ -62,6 +62,7 @@ class Task(ABC):
     task_type: str | None  # PEFT's
     auto_class: Any  # transformers' class that loads the model
     reads_tokens: bool = True  # a step's memory can be simulated from data.max_length
+    exports: str = "FOLDER    a plain LoRA for any server"  # what `corelora export` makes of its adapters
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
