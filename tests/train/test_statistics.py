@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from corelora.errors import CoreLoraError
 from corelora.recipe.schema import StatsPart
@@ -95,3 +96,9 @@ def test_no_row_is_an_error(folder, tmp_path):
     empty = Rows(dataset=run.rows["train"].dataset.select([]))
     with pytest.raises(CoreLoraError, match="no training row"):
         run_stats(load(run), empty, run.collator, StatsPart(), None)
+
+
+def test_the_places_of_a_large_parameter_are_in_it():
+    """An embedding of CLIP's size has more entries than float32 has whole numbers."""
+    large = nn.Parameter(torch.ones(1).expand(49408 * 512), requires_grad=False)
+    assert statistics._print(large) == ([49408 * 512], [1.0] * statistics.SAMPLED)

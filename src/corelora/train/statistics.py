@@ -103,5 +103,7 @@ def _fingerprint(model: nn.Module) -> list[Any]:
 
 def _print(parameter: nn.Parameter) -> tuple[list[int], list[float]]:
     flat = parameter.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, min(SAMPLED, flat.numel())).long().to(flat.device)
+    # In float64: float32 has no whole numbers of its own above 2^24, and would name a place behind the last one.
+    places = torch.linspace(0, flat.numel() - 1, min(SAMPLED, flat.numel()), dtype=torch.float64).long()
+    places = places.to(flat.device)
     return list(parameter.shape), flat[places].double().tolist()
