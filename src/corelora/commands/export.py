@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from corelora.commands.output import print_json
+from corelora.errors import CoreLoraError
 from corelora.export import export_lora
 from corelora.servers import SERVERS
 
 HELP = "write an adapter as a plain LoRA with equal outputs"
+IMAGES = ("diffusers", "kohya")  # software for pictures: adapters of the task dreambooth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="the adapter's folder")
     add("out", metavar="OUT", help="the folder to make")
-    add("--for", dest="for_", default="all", choices=list(SERVERS), help="who will load it (%(default)s)")
+    add("--for", dest="for_", default="all", choices=[*SERVERS, *IMAGES], help="who will load it (%(default)s)")
     add("--rank", type=int, help="cut to this rank; the report has the error that it costs")
     add("--base", metavar="MODEL", help="base model, in place of the one that the adapter names")
     add("--no-check", action="store_true", help="don't load the export back and compare")
@@ -26,7 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export and print the report."""
+    """Export and print the report.
+
+    Raises:
+        CoreLoraError: see `export_lora` and `export_subject`.
+    """
+    if arguments.for_ in IMAGES:
+        return _for_images(arguments)
     report = export_lora(
         arguments.adapter,
         arguments.out,
@@ -41,4 +50,22 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(report)
     print(f'\nNext: load it with plain PEFT, `PeftModel.from_pretrained(base, "{report.path}")`, or serve it.')
+    return 0
+
+
+def _for_images(arguments: argparse.Namespace) -> int:
+    try:
+        from corelora.diffusion.export import export_subject
+    except ModuleNotFoundError as error:
+        raise CoreLoraError(f"this export needs {error.name}. Install: pip install corelora[train,diffusion]") from None
+    adapter = Path(arguments.adapter)
+    adapter = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter  # a run folder
+    report = export_subject(adapter, Path(arguments.out), arguments.for_, arguments.overwrite)
+    if arguments.json:
+        print_json({**asdict(report), "path": str(report.path)})
+        return 0
+    print(report)
+    print(
+        f'\nNext: pipeline.load_lora_weights("{report.path}") in diffusers, or the file in any program that reads it.'
+    )
     return 0

@@ -20,6 +20,7 @@ from corelora.recipe.tree import as_data
 from corelora.train import (  # noqa: F401  (they register themselves)
     classify,
     clip_few_shot,
+    dreambooth,
     image_classification,
     instruct,
 )

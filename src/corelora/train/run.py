@@ -194,6 +194,7 @@ def build_trainer(run: Run, model: Any, standing: Standing) -> Any:
     callbacks = [ProgressBar(), MetricsFile(run.folder.metrics, standing.seconds)]
     if standing.checkpoint is None:
         callbacks += first_steps(model)
+    callbacks += run.task.callbacks(run.recipe, run.folder, run.processor)
     if AdaLoraSteps.needed(model):
         callbacks.append(AdaLoraSteps())
     trainer = run.task.trainer_class()(

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from corelora.data.replies import Encoded
 from corelora.recipe import Recipe
@@ -156,6 +157,10 @@ class Task(ABC):
     @abstractmethod
     def trainer_class(self) -> type:
         """The RunTrainer that gives those predictions."""
+
+    def callbacks(self, recipe: Recipe, folder: RunFolder, processor: Any) -> list[TrainerCallback]:
+        """What else watches the run."""
+        return []
 
     def finish(self, recipe: Recipe, trainer: Any, folder: RunFolder, processor: Any) -> dict[str, Any]:
         """What else a run leaves behind, after its test: pictures, tables.
