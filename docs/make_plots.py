@@ -96,11 +96,33 @@ def draw_study(source: Path, target: Path, group: int = 0) -> None:
     chart.properties(width=620, background="white").save(target, scale_factor=1.5)
 
 
+def draw_classes(source: Path, target: Path) -> None:
+    """Accuracy of each class of a run of pictures, the best on top, with what it is most often taken for."""
+    run = json.loads(source.read_text())
+    rows = sorted(run["classes"].items(), key=lambda row: row[1]["accuracy"])
+    figure, axes = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1.4), layout="constrained")
+    for y, (_, own) in enumerate(rows):
+        axes.barh(y, 100 * own["accuracy"], color=BAR, height=0.6)
+        wrong = f", else mostly {own['taken_for']}" if own["taken_for"] else ""
+        inside = own["accuracy"] > 0.5
+        place, colour = (100 / len(rows) + 1.5, "white") if inside else (100 * own["accuracy"] + 1.5, INK)
+        axes.text(place, y, f"{100 * own['accuracy']:.0f} %{wrong}", va="center", color=colour, fontsize=9)
+    mean = 100 * run["test_accuracy"]
+    axes.axvline(mean, color=MARK, linewidth=1.5)
+    axes.axvline(100 / len(rows), color=PEER, linewidth=1.5, linestyle="--")
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"percent of {rows[0][1]['pictures']} test pictures; red: all classes, {mean:.1f} %; grey: chance")
+    axes.set_title(f"EfficientNet-Lite0, method {run['method']}, 16 shots of ten DTD classes, seed {run['seed']}")
+    _finish(figure, axes, target)
+
+
 def main() -> int:
     """Draw what there are results for."""
     for source in sorted((ROOT / "results").glob("study-*.json")):
         draw_study(source, ROOT / "img" / f"{source.stem}.png")
     draw_step(ROOT / "results" / "step-h100.jsonl", ROOT / "img" / "step-h100.png")
+    draw_classes(ROOT / "results" / "vision-head-cpu.json", ROOT / "img" / "vision-classes.png")
     batches = sorted((ROOT / "results").glob("batches-*.jsonl"))
     for source in batches:
         draw_batches(source, ROOT / "img" / f"{source.stem}.png")
