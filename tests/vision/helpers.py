@@ -136,7 +136,7 @@ def save_classifier(folder: Path, kind: str) -> Path:
     return folder
 
 
-def make_recipe(model: Path, pictures: Path, **parts: Any) -> Recipe:
+def make_recipe(model: Path, pictures: Path, /, **parts: Any) -> Recipe:
     """A recipe over a tiny model and textures; each part's keys can be changed.
 
     Args:

@@ -104,6 +104,27 @@ def test_above_chance_on_pictures_that_it_has_not_seen(models, pictures, tmp_pat
     assert train(recipe, tmp_path)["test_accuracy"] > 0.6
 
 
+@pytest.mark.parametrize("part", [{"model": {"dtype": "bfloat16"}}, {"loop": {"precision": "bfloat16"}}], ids=str)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_other_types(kind, part, models, pictures, tmp_path):
+    """Weights in bfloat16, and arithmetic in bfloat16 over weights in float32."""
+    part = {**part, "loop": {"steps": 2, **part.get("loop", {})}}
+    results = train(recipe_of(models, pictures, kind, "nlora", **part), tmp_path)
+    assert 0 < results["train_loss"] < 3
+
+
+@pytest.mark.parametrize("kind", ["vit", "efficientnet"])
+def test_recomputed_activations(kind, models, pictures, tmp_path):
+    """Equal results where the model has them, one sentence where it has not."""
+    recipes = [recipe_of(models, pictures, kind, "lora", loop={"steps": 3, "checkpointing": c}) for c in (False, True)]
+    if kind == "efficientnet":
+        with pytest.raises(CoreLoraError, match=r"loop\.checkpointing: EfficientNetLiteForImageClassification can't"):
+            train(recipes[1], tmp_path)
+        return
+    plain, again = (train(r, tmp_path / str(n)) for n, r in enumerate(recipes))
+    assert again["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+
+
 def test_only_the_head_trains(models, pictures, tmp_path):
     """Frozen features: the body that is saved is the one that was loaded, its running statistics included."""
     results = train(recipe_of(models, pictures, "resnet", "head", optim={"lr": 1e-2}), tmp_path)

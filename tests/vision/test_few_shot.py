@@ -113,6 +113,15 @@ def test_one_template_gives_the_models_own_logits(model, request):
     torch.testing.assert_close(made.softmax(dim=1), out.logits_per_image.softmax(dim=1))
 
 
+@pytest.mark.parametrize("model", ["clip", "siglip"])
+def test_weights_in_bfloat16(model, pictures, request, tmp_path):
+    """And the paper's own start of NoRA, which moves the first output."""
+    folder = towers(request, model)
+    method = {"name": "nora", "variant": "published", "r": 8, "inner_r": 4, "target_modules": ADAPTED}
+    recipe = make_recipe(folder, pictures, method=method, model={"dtype": "bfloat16"}, loop={"steps": 3})
+    assert 0 < train(recipe, tmp_path)["train_loss"] < 8
+
+
 def test_several_templates_are_averaged():
     """A class is the mean of its prompts' directions, again of norm 1."""
     texts, images = F.normalize(torch.randn(6, 5), dim=-1), F.normalize(torch.randn(2, 5), dim=-1)

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
 from corelora.errors import CoreLoraError
-from corelora.vision.tensors import AREAS, Collator, Cropper, Processor, crop_box, load_processor
+from corelora.vision.tensors import AREAS, Batches, Collator, Cropper, Processor, crop_box, load_processor
 from vision.helpers import texture
 
 KINDS = {
@@ -74,16 +74,18 @@ def rows(count, train=True):
 def test_crops_depend_on_seed_epoch_and_picture_alone():
     """Not on the batch, nor on what was made before."""
     made, processor = rows(6), Processor(KINDS["squeezed"]())
-    first = Collator(processor, "strong", 0)
+    first = Collator(processor, Batches(augment="strong"))
     whole = first(made)
-    again = Collator(processor, "strong", 0)
+    again = Collator(processor, Batches(augment="strong"))
     parts = [again(made[3:]), again(made[:3])]
     assert torch.equal(whole["pixel_values"], torch.cat([parts[1]["pixel_values"], parts[0]["pixel_values"]]))
     assert whole["labels"].tolist() == [0, 1, 2, 0, 1, 2]
     assert torch.equal(first(made)["pixel_values"], whole["pixel_values"])
     first.epoch = 1
     assert not torch.equal(first(made)["pixel_values"], whole["pixel_values"])
-    assert not torch.equal(Collator(processor, "strong", 1)(made)["pixel_values"], whole["pixel_values"])
+    assert not torch.equal(
+        Collator(processor, Batches(augment="strong", seed=1))(made)["pixel_values"], whole["pixel_values"]
+    )
 
 
 @pytest.mark.parametrize("augment", ["none", "light"])
@@ -91,7 +93,7 @@ def test_rows_to_test_on_are_never_cropped(augment):
     """They come as the processor makes them; so do training rows without augmentation."""
     processor, made = Processor(KINDS["squeezed"]()), rows(3, train=augment == "none")
     pictures = [texture("dotted", n) for n in range(3)]
-    assert torch.equal(Collator(processor, augment, 0)(made)["pixel_values"], processor(pictures))
+    assert torch.equal(Collator(processor, Batches(augment=augment))(made)["pixel_values"], processor(pictures))
 
 
 def test_half_of_the_crops_are_flipped():

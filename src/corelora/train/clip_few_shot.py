@@ -61,9 +61,10 @@ class ClipFewShot(PictureTask):
 
     def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
         """A model whose answers are no cosines of two towers."""
+        found = super().model_problems(recipe, model, collator)
         if SCALES[0] in dict(model.named_parameters()):
-            return []
-        return [f"model.name: {type(model).__name__} has no {SCALES[0]}; clip_few_shot trains CLIP and SigLIP"]
+            return found
+        return [*found, f"model.name: {type(model).__name__} has no {SCALES[0]}; clip_few_shot trains CLIP and SigLIP"]
 
     def trainer_class(self) -> type:
         """Cross-entropy over the classes' texts."""

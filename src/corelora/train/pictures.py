@@ -15,6 +15,7 @@ from transformers import EvalPrediction, TrainerCallback
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 from corelora.recipe.images import ImagesPart
+from corelora.train.arguments import weight_dtype
 from corelora.train.folder import RunFolder
 from corelora.train.models import model_place, model_source
 from corelora.train.tasks import Rows, Task
@@ -22,7 +23,7 @@ from corelora.train.trainer import LabelTrainer
 from corelora.vision.choose import Chosen, check_pictures, choose
 from corelora.vision.listing import PICTURE
 from corelora.vision.rows import encode_pictures
-from corelora.vision.tensors import Collator, Processor, load_processor
+from corelora.vision.tensors import Batches, Collator, Processor, load_processor
 
 
 def images_of(recipe: Recipe) -> ImagesPart:
@@ -77,7 +78,13 @@ class PictureTask(Task):
 
     def collator(self, recipe: Recipe, processor: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Decodes; crops and flips training pictures."""
-        return Collator(processor, images_of(recipe).augment, recipe.loop.seed, self.beside(recipe, processor))
+        made = Batches(
+            augment=images_of(recipe).augment,
+            seed=recipe.loop.seed,
+            dtype=weight_dtype(recipe.model, self.load_config(recipe)),
+            beside=self.beside(recipe, processor),
+        )
+        return Collator(processor, made)
 
     def beside(self, recipe: Recipe, processor: Processor) -> Mapping[str, Tensor]:
         """Tensors that every batch has beside its pictures."""
@@ -89,6 +96,12 @@ class PictureTask(Task):
         path = row[PICTURE]["path"]
         name = Path(path).name if path else "a picture"
         return [(f"{name}, as {height} x {width} pixels -> class ", False), (row["name"], True)]
+
+    def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
+        """Recomputed activations, where the model has no such thing."""
+        if recipe.loop.checkpointing and not model.supports_gradient_checkpointing:
+            return [f"loop.checkpointing: {type(model).__name__} can't recompute its activations; set it to false"]
+        return []
 
     def measure(self, recipe: Recipe) -> Callable[[Any], dict[str, float]]:
         """The mean loss of a picture and the accuracy of the first answer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -144,21 +144,34 @@ def crop_box(
     return left, top, left + side, top + side
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """How rows become batches.
+
+    Attributes:
+        augment: for training rows: `none` or a name of AREAS.
+        seed: of the run.
+        dtype: of the pixels: that of the model's weights, which not every model turns them into.
+        beside: tensors that every batch has as well, such as the class texts.
+    """
+
+    augment: str = "none"
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Collator:
     """Rows of pictures to a batch: pixel_values [b, 3, h, w], labels [b], and what else each batch has.
 
     Args:
         processor: for pictures that are not augmented.
-        augment: for training rows: `none` or a name of AREAS.
-        seed: of the run.
-        beside: tensors that every batch has as well, such as the class texts.
+        batches: how.
     """
 
-    def __init__(
-        self, processor: Processor, augment: str, seed: int, beside: Mapping[str, Tensor] | None = None
-    ) -> None:
-        self.processor, self.seed, self.beside = processor, seed, dict(beside or {})
-        self.crop = Cropper(processor, augment) if augment in AREAS else None
+    def __init__(self, processor: Processor, batches: Batches) -> None:
+        self.processor, self.batches = processor, batches
+        self.crop = Cropper(processor, batches.augment) if batches.augment in AREAS else None
         self.epoch = 0  # the trainer says which; crops are drawn anew in each
         self._kept: dict[tuple[bool, int], Image.Image] = {}
         self._bytes = 0
@@ -172,10 +185,10 @@ class Collator:
         else:
             values = torch.stack([crop(p, self._draw(row)) for p, row in zip(pictures, rows, strict=True)])
         labels = torch.tensor([row["labels"] for row in rows], dtype=torch.long)
-        return {"pixel_values": values, "labels": labels, **self.beside}
+        return {"pixel_values": values.to(self.batches.dtype), "labels": labels, **self.batches.beside}
 
     def _draw(self, row: Mapping[str, Any]) -> random.Random:
-        return random.Random(f"crop {self.seed} {self.epoch} {row['row']}")
+        return random.Random(f"crop {self.batches.seed} {self.epoch} {row['row']}")
 
     def _picture(self, row: Mapping[str, Any]) -> Image.Image:
         """Decoded, and held while there is room."""
