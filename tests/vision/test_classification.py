@@ -224,6 +224,17 @@ def test_ranks_are_clipped_where_asked_for(method, models, pictures, tmp_path):
     assert clipped_ranks(model) in plan(recipe, tmp_path / "other")
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("peft")])
+def test_depthwise_convolutions_can_be_adapted(method, models, pictures, tmp_path):
+    """Nine or 25 wide, so that a larger rank is clipped; each step goes through the dense update."""
+    recipe = recipe_of(models, pictures, "efficientnet", method, loop={"steps": 40, "log_every": 8}, optim={"lr": 1e-2})
+    recipe.method["target_modules"] = ["depthwise"]
+    results = train(recipe, tmp_path)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert answers(models["efficientnet"], tmp_path / "adapter", pictures) == pytest.approx(results["test_accuracy"])
+
+
 def test_targets_that_match_nothing_are_named(models, pictures, tmp_path):
     """With the nearest."""
     recipe = recipe_of(models, pictures, "efficientnet")

@@ -17,8 +17,8 @@ from corelora.train.dry_run import check, plan
 from corelora.train.progress import read_metrics
 from corelora.train.run import train
 from corelora.train.tasks import TASKS
-from train.helpers import trainer_of
-from vision.helpers import DTD, TEXTURES, make_recipe
+from train.helpers import save_tokenizer, trainer_of
+from vision.helpers import DTD, TEXTURES, make_recipe, save_clip
 
 TASK = TASKS["clip_few_shot"]
 ADAPTED = ["q_proj", "k_proj", "v_proj"]
@@ -205,6 +205,14 @@ def test_a_head_alone_is_refused(clip, pictures, tmp_path):
     """Two towers have none."""
     with pytest.raises(CoreLoraError, match="head trains a new head alone, and this task's model has none"):
         check(make_recipe(clip, pictures, method={"name": "head"}), tmp_path)
+
+
+def test_a_text_tower_that_reads_past_the_texts(pictures, tmp_path):
+    """A tokenizer that does not end texts: every class would have one text, and nothing would be learned."""
+    folder = save_clip(tmp_path / "clip")
+    save_tokenizer(folder)  # without the stop token
+    with pytest.raises(CoreLoraError, match=r"'a photo of a banded\.' and .* the same features; does its tokenizer"):
+        train(make_recipe(folder, pictures), tmp_path / "run")
 
 
 def test_full_fine_tuning_leaves_the_scale(clip, pictures, tmp_path):

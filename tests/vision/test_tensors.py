@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
+from transformers import BitImageProcessor, ConvNextImageProcessor, Siglip2ImageProcessor, ViTImageProcessor
 
 from corelora.errors import CoreLoraError
 from corelora.vision.tensors import AREAS, Batches, Collator, Cropper, Processor, crop_box, load_processor
@@ -38,6 +38,12 @@ def test_a_processor_whose_size_depends_on_the_picture():
     """No batch could be made."""
     with pytest.raises(CoreLoraError, match="several sizes"):
         Processor(ViTImageProcessor(size={"shortest_edge": 32}, default_to_square=False)).size()
+
+
+def test_a_processor_that_makes_patches():
+    """Pictures of any size as lists of patches, with masks, are another kind of input."""
+    with pytest.raises(CoreLoraError, match=r"and pixel_attention_mask, spatial_shapes; \[1, 3, h, w\] is expected"):
+        Processor(Siglip2ImageProcessor()).size()
 
 
 def test_a_model_without_a_processor(tmp_path):

@@ -26,9 +26,10 @@ from corelora.train.models import load_model
 from corelora.train.pictures import PictureTask, PictureTrainer, chosen_of, images_of
 from corelora.train.tasks import TASKS
 from corelora.vision.choose import Chosen
-from corelora.vision.tensors import Processor
+from corelora.vision.tensors import Collator, Processor
 
 SCALES = ("logit_scale", "logit_bias")  # of CLIP and SigLIP; what turns cosines into logits
+LOOKED_AT = 8  # prompts that must have features of their own
 READS_LAST = ("siglip",)  # text towers that read their last place, so that a text is padded to its full length
 
 
@@ -60,10 +61,11 @@ class ClipFewShot(PictureTask):
         return model
 
     def model_problems(self, recipe: Recipe, model: Any, collator: Any) -> list[str]:
-        """A model whose answers are no cosines of two towers."""
+        """A model whose answers are no cosines of two towers, or whose text tower reads past the texts."""
         found = super().model_problems(recipe, model, collator)
         if SCALES[0] in dict(model.named_parameters()):
-            return found
+            texts = self.texts(recipe, chosen_of(recipe))
+            return found + _same_features(model, collator, texts[:LOOKED_AT])
         return [*found, f"model.name: {type(model).__name__} has no {SCALES[0]}; clip_few_shot trains CLIP and SigLIP"]
 
     def trainer_class(self) -> type:
@@ -101,6 +103,25 @@ def prompt_tokens(texts: list[str], tokenizer: Any, config: Any) -> dict[str, Te
         return {"input_ids": made["input_ids"]}
     made = tokenizer(texts, padding=True, return_tensors="pt")
     return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
+
+
+@torch.no_grad()
+def _same_features(model: nn.Module, collator: Collator, texts: list[str]) -> list[str]:
+    """Two prompts that the text tower can't tell apart, as where its tokenizer does not end texts as it expects."""
+    beside = {name: values[: len(texts)] for name, values in collator.batches.beside.items()}
+    height, width = collator.processor.size()
+    device = next(model.parameters()).device
+    pixels = torch.zeros(1, 3, height, width, dtype=collator.batches.dtype, device=device)
+    training = model.training
+    features = model.eval()(pixel_values=pixels, **{n: v.to(device) for n, v in beside.items()}).text_embeds
+    model.train(training)
+    for n, text in enumerate(texts[1:], 1):
+        if text != texts[0] and torch.equal(features[n], features[0]):
+            return [
+                f"model.name: its text tower gives {texts[0]!r} and {text!r} the same features; does its tokenizer "
+                f"end a text with the token that its config names (text_config.eos_token_id)?"
+            ]
+    return []
 
 
 def class_logits(pictures: Tensor, texts: Tensor, templates: int, scale: float) -> Tensor:

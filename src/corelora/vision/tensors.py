@@ -54,8 +54,15 @@ class Processor:
         """(height, width) of every tensor.
 
         Raises:
-            CoreLoraError: the size depends on the picture, so that no batch can be made.
+            CoreLoraError: the size depends on the picture, so that no batch can be made; pictures become something
+                else than pixels.
         """
+        made = self.images(images=[Image.new("RGB", (64, 48))], return_tensors="pt")
+        beside = sorted(set(made) - {"pixel_values"})
+        if beside or made["pixel_values"].ndim != 4:
+            also = f", and {', '.join(beside)}" if beside else ""
+            shape = list(made["pixel_values"].shape)
+            raise CoreLoraError(f"model.name: its processor makes pixel_values {shape}{also}; [1, 3, h, w] is expected")
         sizes = {tuple(self([Image.new("RGB", size)]).shape[2:]) for size in ((640, 480), (300, 500))}
         if len(sizes) > 1:
             shown = " and ".join(f"{h} x {w}" for h, w in sorted(sizes))
