@@ -111,6 +111,19 @@ def test_hub_sets(monkeypatch):
     assert check_pictures(again) != first  # another seed, other pictures
 
 
+def test_bad_pictures_of_hub_sets_are_named_by_row(monkeypatch):
+    """The row is that of the set, whatever was drawn from it."""
+    whole = hub_set().cast_column("img", datasets.Image(decode=False))
+    rows = [{**row, "img": {**row["img"], "bytes": b"no"}} if n == 4 else row for n, row in enumerate(whole)]
+    broken = datasets.Dataset.from_list(rows, features=whole.features)
+    monkeypatch.setattr("corelora.vision.listing.load_hub", lambda source, split: broken)
+    chosen = choose(
+        part("somebody/textures", columns={"label": "kind"}), ImagesPart(classes=["chequered", "dotted"]), 0
+    )
+    with pytest.raises(CoreLoraError, match="pictures: train: somebody/textures train row 5 is not a picture"):
+        check_pictures(chosen)
+
+
 def test_columns_of_hub_sets():
     """What is missing is named with the nearest; labels may be texts."""
     source = SourcePart(path="somebody/textures")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Pictures:
         classes: all classes of the source, in its order.
         source: names the source, for messages.
         content: stands for a hub set in fingerprints; files are looked at themselves.
+        rows: of a hub set, the row that each picture is in, from 1.
     """
 
     contents: datasets.Dataset
@@ -44,21 +45,22 @@ class Pictures:
     classes: list[str]
     source: str
     content: Any = None
+    rows: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def where(self, n: int) -> str:
         """What a reader finds picture n by."""
-        content = self.contents[n][PICTURE]
-        return content["path"] if content["bytes"] is None else f"{self.source} picture {n + 1}"
+        return f"{self.source} row {self.rows[n]}" if self.rows else self.contents[n][PICTURE]["path"]
 
     def select(self, numbers: Iterable[int]) -> Pictures:
         """These pictures, in this order."""
         chosen = list(numbers)
         key = None if self.content is None else [self.content, chosen]
         labels = [self.labels[n] for n in chosen]
-        return replace(self, contents=self.contents.select(chosen), labels=labels, content=key)
+        rows = [self.rows[n] for n in chosen] if self.rows else ()
+        return replace(self, contents=self.contents.select(chosen), labels=labels, content=key, rows=rows)
 
 
 def list_pictures(part: DataPart, images: ImagesPart, source: SourcePart, left_out: tuple[str, ...]) -> Pictures:
@@ -236,4 +238,5 @@ def from_dataset(dataset: datasets.Dataset, columns: Mapping[str, str], source: 
     else:
         labels = [str(v) for v in values]
         classes = sorted(set(labels))
-    return Pictures(contents, labels, classes, source.path, datasets.fingerprint.generate_fingerprint(dataset))
+    content, rows = datasets.fingerprint.generate_fingerprint(dataset), range(1, len(labels) + 1)
+    return Pictures(contents, labels, classes, f"{source.path} {source.split}", content, rows)
