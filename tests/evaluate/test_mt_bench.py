@@ -13,7 +13,7 @@ from corelora.cli import main
 from corelora.errors import CoreLoraError
 from corelora.evaluate import mt_bench
 from corelora.evaluate.judge import KEY, MODEL, URL, Endpoint, Judge, endpoint_of, read_choice, read_rating
-from corelora.evaluate.mt_bench import Bench, rating_scores
+from corelora.evaluate.mt_bench import Bench, pair_scores, rating_scores
 
 CATEGORIES = ["writing", "math", "coding", "stem"]
 
@@ -198,6 +198,37 @@ def test_pairs_are_asked_in_both_orders(files, tmp_path):
         bench = Bench.beside(files / "mt_bench" / "question.jsonl", judge)
         assert bench.compare(row, ["good", "good"], ["bad", "bad"]) == expected
         assert len(server.asked) == 4
+
+
+def test_two_runs_pair_by_pair(llama, files, server, tmp_path, capsys):
+    """From the command: the other run's answers, both orders, win rates; what is missing is said first."""
+    words = ["evaluate", str(llama), "--suite", "mt_bench", "--data", str(files), "--limit", "4"]
+    pairs = [*words, "--protocol", "pairwise", "--output", str(tmp_path / "mine")]
+    assert main(pairs) == 2
+    assert "--against RUN" in capsys.readouterr().err
+    other = str(tmp_path / "other")
+    assert main([*pairs, "--against", other]) == 2
+    assert "no answers are there" in capsys.readouterr().err
+    assert main([*words, "--output", other]) == 0
+    server.say = lambda user: "[[A]]" if len(user) % 2 else "[[B]]"
+    server.answered.clear()
+    assert main([*pairs, "--against", other]) == 0
+    result = json.loads((tmp_path / "mine" / "eval" / "mt_bench-pairwise.json").read_text())
+    assert all(len(s["choices"]) == 2 for s in result["samples"])
+    assert result["scores"]["mt_bench win rate"]["n"] == 8
+    parts = [result["scores"][n]["value"] for n in ("wins", "losses", "ties")]
+    assert sum(parts) == pytest.approx(1)
+    assert result["scores"]["mt_bench win rate"]["value"] == pytest.approx(parts[0] + parts[2] / 2)
+    assert "against" in result["notes"][0]
+
+
+def test_win_rates():
+    """A tie counts half."""
+    samples = [{"category": "math", "choices": ["win", "tie"]}, {"category": "stem", "choices": ["loss", "win"]}]
+    scores = {name: score["value"] for name, score in pair_scores(samples).items()}
+    assert scores["mt_bench win rate"] == pytest.approx(2.5 / 4)
+    assert (scores["turn 1"], scores["turn 2"], scores["math"], scores["stem"]) == (0.5, 0.75, 0.75, 0.5)
+    assert (scores["wins"], scores["losses"], scores["ties"]) == (0.5, 0.25, 0.25)
 
 
 def test_a_judge_that_is_not_there(tmp_path):

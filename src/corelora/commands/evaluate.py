@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="type of the weights")
     add("--no-merge", action="store_true", help="keep the adapter beside the weights instead of merging it")
     add("--backend", default="transformers", choices=("transformers", "vllm"), help="what writes replies")
+    add("--against", metavar="RUN", help="another run, for protocols that compare two (mt_bench pairwise)")
     add("--unsafe-code", action="store_true", help="run model-written code even where no sandbox works")
     add("--seed", type=int, default=0, metavar="N", help="of drawn replies")
     add("--json", action="store_true", help="print the scores as JSON")
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         unsafe_code=arguments.unsafe_code,
         backend=arguments.backend,
         seed=arguments.seed,
+        against=arguments.against,
     )
     say = (lambda text: None) if arguments.json else print
     results = {str(p): json.loads(p.read_text()) for p in evaluate(subject, suites, arguments.protocol, settings, say)}

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from corelora.errors import CoreLoraError
 from corelora.recipe.schema import ModelPart
 
-INSTALL = "pip install corelora[diffusion]"
+INSTALL = "pip install corelora[train,diffusion]"
+PREDICTIONS = ("epsilon", "v_prediction")  # what a UNet says: the noise, or the velocity
 ENCODERS = ("text_encoder", "text_encoder_2")
 FILE = "pipeline.json"  # beside an adapter: which pipeline it is for
 
@@ -71,8 +72,7 @@ class Parts:
             options = {"subfolder": name, **self.where}
             if name.startswith("tokenizer") or name == "scheduler":
                 return _class_of(name).from_pretrained(self.source, **options)
-            kind = {"dtype" if name in ENCODERS else "torch_dtype": dtype or self.dtype}
-            return _class_of(name).from_pretrained(self.source, **options, **kind)
+            return _class_of(name).from_pretrained(self.source, **options, dtype=dtype or self.dtype)
         except (OSError, ValueError, ImportError) as error:
             raise CoreLoraError(f"model.name: {self.source} has no {name} that can be read ({_line(error)})") from None
 
@@ -90,7 +90,10 @@ class Parts:
             return kind(AutoConfig.from_pretrained(self.source, subfolder=name, **self.where)).to(self.dtype)
 
     def pipeline(self, **given: Any) -> Any:
-        """The whole pipeline for making pictures, with some parts given, without a safety checker's weights.
+        """The whole pipeline for making pictures, with some parts given.
+
+        Without a safety checker's weights, and without the watermark that SDXL's pipeline would put into pictures, which
+        those of the class would teach.
 
         Raises:
             CoreLoraError: it can't be read.
@@ -98,9 +101,10 @@ class Parts:
         import diffusers
 
         kind = diffusers.StableDiffusionXLPipeline if self.is_xl else diffusers.StableDiffusionPipeline
-        options = {} if self.is_xl else {"safety_checker": None, "requires_safety_checker": False}
+        unchecked = {"safety_checker": None, "requires_safety_checker": False}
+        options: dict[str, Any] = {"add_watermarker": False} if self.is_xl else unchecked
         try:
-            made = kind.from_pretrained(self.source, torch_dtype=self.dtype, **options, **self.where, **given)
+            made = kind.from_pretrained(self.source, dtype=self.dtype, **options, **self.where, **given)
         except (OSError, ValueError, ImportError) as error:
             raise CoreLoraError(f"model.name: {self.source} can't be loaded ({_line(error)})") from None
         made.set_progress_bar_config(disable=True)
@@ -116,7 +120,8 @@ def find_parts(part: ModelPart) -> Parts:
     """Look at a pipeline without reading weights.
 
     Raises:
-        CoreLoraError: diffusers is missing; there is no such pipeline, or it is neither SD 1.5 nor SDXL.
+        CoreLoraError: diffusers is missing; there is no such pipeline, or it is neither SD 1.5 nor SDXL, or of another
+            kind of diffusion.
     """
     if importlib.util.find_spec("diffusers") is None:
         raise CoreLoraError(f"the task dreambooth needs diffusers. Install it with: {INSTALL}")
@@ -127,18 +132,35 @@ def find_parts(part: ModelPart) -> Parts:
     try:
         index = DiffusionPipeline.load_config(part.name, **where)
         unet = _class_of("unet").load_config(part.name, subfolder="unet", **where)
+        schedule = _class_of("scheduler").load_config(part.name, subfolder="scheduler", **where)
     except (OSError, ValueError) as error:
         raise CoreLoraError(f"model.name: no Stable Diffusion pipeline at {part.name!r} ({_line(error)})") from None
     encoders = tuple(name for name in ENCODERS if index.get(name, [None, None])[1] is not None)
     if not encoders or "unet" not in index:
         kind = index.get("_class_name", "unknown")
         raise CoreLoraError(f"model.name: {part.name} is a {kind}; SD 1.5 and SDXL pipelines can be trained here")
+    says = schedule.get("prediction_type", PREDICTIONS[0])
+    if says not in PREDICTIONS:
+        raise CoreLoraError(f"model.name: {part.name} predicts {says!r}; {' and '.join(PREDICTIONS)} can be trained here")
     dtype = dtypes.get(part.dtype, torch.float32)
     return Parts(source=part.name, revision=part.revision, unet=unet, encoders=encoders, dtype=dtype)
 
 
-def read_parts(adapter: Path) -> Parts:
-    """The pipeline that an adapter's folder names.
+@dataclass(frozen=True, kw_only=True)
+class SavedFor:
+    """What an adapter's folder says about the pipeline that it was trained for.
+
+    Attributes:
+        model: its name or folder, and its revision.
+        is_xl: it is SDXL.
+    """
+
+    model: ModelPart
+    is_xl: bool
+
+
+def read_saved(adapter: Path) -> SavedFor:
+    """Which pipeline an adapter's folder names; nothing of the pipeline is read.
 
     Raises:
         CoreLoraError: the folder is no adapter of a diffusion model.
@@ -147,7 +169,7 @@ def read_parts(adapter: Path) -> Parts:
     if not path.is_file():
         raise CoreLoraError(f"{adapter} holds no {FILE}: it is not the adapter of a diffusion model")
     data = json.loads(path.read_text(encoding="utf-8"))
-    return find_parts(ModelPart(name=data["pipeline"], revision=data["revision"]))
+    return SavedFor(model=ModelPart(name=data["pipeline"], revision=data["revision"]), is_xl=data["is_xl"])
 
 
 @torch.no_grad()
@@ -173,14 +195,32 @@ def encode_text(ids: list[Tensor], encoders: list[nn.Module]) -> tuple[Tensor, T
 
 
 def tokens(parts: Parts, prompt: str) -> list[Tensor]:
-    """Token ids [1, t] of a prompt, one tensor an encoder; padded and cut to the model's length."""
+    """Token ids [1, t] of a prompt, one tensor an encoder; padded to the model's length."""
     found = []
-    for name in parts.encoders:
-        tokenizer = parts.load(name.replace("text_encoder", "tokenizer"))
+    for tokenizer in _tokenizers(parts):
         length = tokenizer.model_max_length
         made = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         found.append(made.input_ids)
     return found
+
+
+def long_prompts(parts: Parts, prompts: Mapping[str, str]) -> list[str]:
+    """A sentence for each prompt that the text encoders would read a part of.
+
+    Args:
+        parts: the pipeline.
+        prompts: by the key of the recipe that has them.
+    """
+    found = []
+    for key, prompt in prompts.items():
+        sizes = [(len(t(prompt).input_ids), t.model_max_length) for t in _tokenizers(parts)]
+        over = [f"{key} has {n} tokens, the text encoder reads {most}: make it shorter" for n, most in sizes if n > most]
+        found += over[:1]
+    return found
+
+
+def _tokenizers(parts: Parts) -> list[Any]:
+    return [parts.load(name.replace("text_encoder", "tokenizer")) for name in parts.encoders]
 
 
 def _class_of(name: str) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
@@ -33,9 +34,17 @@ def class_pictures(parts: Parts, prompt: str, count: int, size: int, steps: int 
     folder = cache_root() / "class-pictures" / key_of(parts.source, parts.revision, prompt, size, steps)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{n:05}.png" for n in range(count)]
-    missing = [n for n, path in enumerate(paths) if not path.is_file()]
-    if not missing:
-        return paths
+    with PartialState().local_main_process_first():  # one process of a machine makes them, for all
+        missing = [n for n, path in enumerate(paths) if not path.is_file()]
+        if missing:
+            _make(parts, {n: paths[n] for n in missing}, (prompt, size, steps))
+    return paths
+
+
+def _make(parts: Parts, paths: Mapping[int, Path], what: tuple[str, int, int]) -> None:
+    """Pictures of (prompt, side, steps), each from the noise of its number; every one is whole, or not there."""
+    prompt, size, steps = what
+    missing = list(paths)
     made = parts.pipeline().to(_device())
     for at in tqdm(range(0, len(missing), BATCH), desc="class pictures", unit="batch", delay=2):
         numbers = missing[at : at + BATCH]
@@ -43,7 +52,6 @@ def class_pictures(parts: Parts, prompt: str, count: int, size: int, steps: int 
             temporary = paths[n].with_suffix(".tmp")
             picture.save(temporary, format="PNG")
             os.replace(temporary, paths[n])
-    return paths
 
 
 def paint(

@@ -69,7 +69,8 @@ class SubjectRows(Dataset):
         return len(self.own.mean) * self.repeat
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        random = torch.Generator().manual_seed(hash((self.seed, self.epoch, n)) % 2**63)
+        mixed = np.random.SeedSequence([self.seed, self.epoch, n]).generate_state(1, np.uint64)
+        random = torch.Generator().manual_seed(int(mixed[0]))
         row = {"own": self._drawn(self.own, n % len(self.own.mean), random)}
         if self.prior is not None:
             at = (n + self.epoch * len(self)) % len(self.prior.mean)

@@ -27,6 +27,7 @@ class Settings:
         unsafe_code: model-written code may run without a sandbox.
         backend: "transformers" or "vllm".
         seed: of drawn replies and resampled errors.
+        against: the run whose answers a judge compares these with, for protocols of pairs.
     """
 
     batch_size: int
@@ -35,6 +36,7 @@ class Settings:
     unsafe_code: bool = False
     backend: str = "transformers"
     seed: int = 0
+    against: str | None = None
 
 
 @dataclass(kw_only=True)

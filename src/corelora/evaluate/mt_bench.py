@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 
 from corelora.errors import CoreLoraError
 from corelora.evaluate.generate import seed_by
-from corelora.evaluate.job import KINDS, Job, Kind, Outcome
+from corelora.evaluate.job import KINDS, Job, Kind, Outcome, Settings
 from corelora.evaluate.judge import KEY, MODEL, URL, Judge, endpoint_of, read_choice, read_rating
 from corelora.evaluate.scores import mean_score
 from corelora.evaluate.session import batches
+from corelora.evaluate.suites import Suite
 from corelora.run.generate import Writing, write_batch
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # others are greedy
@@ -88,10 +89,77 @@ def run_mt_bench(job: Job) -> Outcome:
 def rating_scores(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean ratings over 10: all, by turn, by category; a question without a rating is left out of the means."""
     rated = [(s["category"], turn, r / 10) for s in samples for turn, r in enumerate(s["ratings"], 1) if r is not None]
-    groups = {"mt_bench": [r for _, _, r in rated]}
-    groups |= {f"turn {t}": [r for _, turn, r in rated if turn == t] for t in (1, 2)}
-    groups |= {c: [r for category, _, r in rated if category == c] for c in sorted({c for c, _, _ in rated})}
+    return _grouped("mt_bench", rated)
+
+
+def _grouped(name: str, judged: list[tuple[str, int, float]]) -> dict[str, dict[str, Any]]:
+    """Means of (category, turn, value): all under `name`, by turn, by category."""
+    groups = {name: [v for _, _, v in judged]}
+    groups |= {f"turn {t}": [v for _, turn, v in judged if turn == t] for t in (1, 2)}
+    groups |= {c: [v for category, _, v in judged if category == c] for c in sorted({c for c, _, _ in judged})}
     return {name: mean_score(values) for name, values in groups.items() if values}
+
+
+def run_pairs(job: Job) -> Outcome:
+    """Answers judged beside another run's: each pair in both orders, a tie where the orders disagree.
+
+    Raises:
+        CoreLoraError: no chat template; the other run lacks a question; the judge can't be reached.
+    """
+    if not job.tokenizer.chat_template:
+        raise CoreLoraError("mt_bench: this model has no chat template")
+    endpoint, against = endpoint_of(os.environ), job.settings.against
+    assert endpoint is not None
+    assert against is not None
+    others = other_answers(against)
+    missing = [name for name in job.ids(len(job.data)) if name not in others]
+    if missing:
+        raise CoreLoraError(f"mt_bench: {against} has no answer to {missing[0]} and {len(missing) - 1} more")
+    given = answers(job)
+    bench = Bench.beside(Path(job.task.test.path), Judge(endpoint, job.partial.path.with_suffix(".judge")))
+    samples = []
+    for name, row in zip(tqdm(given, desc="judging", unit="question"), job.data, strict=True):
+        found = bench.compare(row, given[name], others[name])
+        facts = {"id": name, "category": row["category"], "prompt": "\n\n".join(row["turns"])}
+        samples.append({**facts, "output": given[name], "against": others[name], "choices": found, "read": found})
+    return Outcome(samples, pair_scores(samples), [f"judge {endpoint.model}; against {against}; a tie counts half"])
+
+
+def pair_scores(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Win rates, a tie counting half: all, by turn, by category; and how many pairs were won, lost, tied."""
+    worth = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+    judged = [(s["category"], turn, choice) for s in samples for turn, choice in enumerate(s["choices"], 1)]
+    scores = _grouped("mt_bench win rate", [(category, turn, worth[choice]) for category, turn, choice in judged])
+    names = {"win": "wins", "loss": "losses", "tie": "ties"}
+    return scores | {names[n]: mean_score([float(c == n) for _, _, c in judged]) for n in names}
+
+
+def other_answers(run: str) -> dict[str, list[str]]:
+    """Both replies to every question of another run, by sample.
+
+    Raises:
+        CoreLoraError: the run has none.
+    """
+    for name in ("mt_bench-single", "mt_bench-pairwise"):
+        path = Path(run) / "eval" / f"{name}.json"
+        if path.is_file():
+            return {s["id"]: s["output"] for s in json.loads(path.read_text(encoding="utf-8"))["samples"]}
+    raise CoreLoraError(f"--against {run}: no answers are there; first: corelora evaluate {run} --suite mt_bench")
+
+
+def _pair_problems(suite: Suite, settings: Settings) -> list[str]:
+    """What pairs need beside a model: another run's answers, and a judge."""
+    found = []
+    if settings.against is None:
+        found.append(f"{suite.name}: the protocol pairwise compares two runs: name the other with --against RUN")
+    else:
+        try:
+            other_answers(settings.against)
+        except CoreLoraError as error:
+            found.append(str(error))
+    if endpoint_of(os.environ) is None:
+        found.append(f"{suite.name}: pairs need a judge: name one in {URL}, {MODEL} and {KEY}")
+    return found
 
 
 class Bench:
@@ -162,3 +230,4 @@ class Bench:
 
 
 KINDS.add("judge", Kind(run=run_mt_bench))
+KINDS.add("judge_pairs", Kind(run=run_pairs, problems=_pair_problems))

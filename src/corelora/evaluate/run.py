@@ -29,6 +29,7 @@ KIND_MODULES = {
     "classify": "classify",
     "harness": "harness",
     "judge": "mt_bench",
+    "judge_pairs": "mt_bench",
 }
 
 

@@ -27,10 +27,17 @@ class SubjectPart:
     validate_every: int | None = setting("Steps between them; only at the end if not given.", None)
 
     def problems(self) -> list[str]:
-        """Numbers out of range."""
-        found = [f"class_images must be at least 1, got {self.class_images}"] if self.class_images < 1 else []
+        """Numbers out of range, keys without effect."""
+        counts = {n: getattr(self, n) for n in ("class_images", "size", "inference_steps", "validate_every")}
+        found = [f"{n} must be at least 1, got {v}" for n, v in counts.items() if v is not None and v < 1]
         if self.prior_weight < 0:
             found.append(f"prior_weight must not be negative, got {self.prior_weight}")
         if self.min_snr is not None and not self.min_snr > 0:
             found.append(f"min_snr must be above 0, got {self.min_snr}")
+        if not self.prompt.strip():
+            found.append("prompt must say what the pictures show, `a photo of sks dog`")
+        if self.class_prompt == self.prompt:
+            found.append("class_prompt must be without the rare word: it is the same as prompt")
+        if self.validate_every is not None and not self.validation_prompts:
+            found.append("validate_every needs validation_prompts: there is nothing to draw")
         return found

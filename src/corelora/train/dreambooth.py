@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback
 
-from corelora.data.cache import key_of
-from corelora.diffusion.parts import ENCODERS, Parts, find_parts
+from corelora.data.cache import digest_of, key_of
+from corelora.diffusion.parts import ENCODERS, Parts, find_parts, long_prompts
 from corelora.diffusion.pictures import class_pictures, contact_sheet, paint
 from corelora.diffusion.rows import SubjectRows, code, collate, picture_files, read_all
 from corelora.diffusion.subject import Subject
-from corelora.errors import CoreLoraError
+from corelora.errors import CoreLoraError, raise_all
 from corelora.recipe import Recipe
 from corelora.recipe.subject import SubjectPart
 from corelora.train.folder import RunFolder
@@ -54,10 +54,17 @@ class DreamBooth(Task):
     name = "dreambooth"
     task_type = None  # PEFT has none for pictures
     reads_tokens = False
+    exports = "FOLDER --for diffusers    a LoRA for diffusers; --for kohya for most other programs"
 
     def load_config(self, recipe: Recipe) -> Parts:
-        """The pipeline's parts, by its configs."""
-        return find_parts(recipe.model)
+        """The pipeline's parts, by its configs.
+
+        Raises:
+            CoreLoraError: no pipeline that can be trained; a size or prompts that it can't take.
+        """
+        parts = find_parts(recipe.model)
+        raise_all(_unfit(recipe, parts), "subject")
+        return parts
 
     def load_processor(self, recipe: Recipe) -> Parts:
         """The pipeline's parts: they code pictures and prompts."""
@@ -107,13 +114,13 @@ class DreamBooth(Task):
         if which == "test":
             rows = SubjectRows(own, None, recipe.loop.seed + TESTED, steps, TEST_REPEAT)
             return Rows(dataset=rows, counts={"pictures": len(paths)}, summary=summary)
-        prior = None
+        prior, others = None, []
         if part.class_prompt is not None:
             others = class_pictures(processor, part.class_prompt, part.class_images, size, part.inference_steps)
             prior = code(processor, recipe, others, part.class_prompt, size)
             summary += f", {len(others)} of {part.class_prompt!r}"
         rows = SubjectRows(own, prior, recipe.loop.seed, steps)
-        key = key_of([float(own.mean.double().sum()), part.prompt, part.class_prompt, part.class_images, size])
+        key = key_of([digest_of(p) for p in (*paths, *others)], part.prompt, part.class_prompt, size)
         return Rows(dataset=rows, counts={"pictures": len(paths)}, summary=summary, fingerprint=key)
 
     def collator(self, recipe: Recipe, processor: Any) -> Callable[[list[dict[str, Any]]], Any]:
@@ -193,7 +200,7 @@ def validation_pictures(recipe: Recipe, model: Any, parts: Parts) -> list[tuple[
         parts: the pipeline's other parts.
     """
     part = subject_of(recipe)
-    subject = model.get_base_model() if "get_base_model" in dir(model) else model
+    subject = model.get_base_model()
     training = subject.training
     subject.eval()
     given = {"unet": subject.unet, **{name: subject.get_submodule(name) for name in subject.encoder_names}}
@@ -219,6 +226,17 @@ def side(recipe: Recipe, parts: Parts) -> int:
     """Side of a training picture in pixels: the recipe's, else what the UNet was made for."""
     given = subject_of(recipe).size
     return given or int(parts.unet["sample_size"]) * parts.scale
+
+
+def _unfit(recipe: Recipe, parts: Parts) -> list[str]:
+    """What this pipeline can't take."""
+    part, found = subject_of(recipe), []
+    if part.size is not None and part.size % parts.scale:
+        near = max(parts.scale, round(part.size / parts.scale) * parts.scale)
+        found.append(f"size must be a multiple of {parts.scale}, as the VAE has it: {near}, not {part.size}")
+    prompts = {"prompt": part.prompt, "class_prompt": part.class_prompt or ""}
+    prompts |= {f"validation_prompts[{n}]": prompt for n, prompt in enumerate(part.validation_prompts)}
+    return found + long_prompts(parts, prompts)
 
 
 def _trained(recipe: Recipe, parts: Parts) -> list[str]:
