@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -20,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from corelora.recipe import Recipe, read_tree
 
-LENGTH = 16  # tokens of a prompt
+LENGTH = 32  # tokens of a prompt
 
 
 def save_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -78,7 +79,8 @@ def save_pipeline(folder: Path, xl: bool) -> Path:
         norm_num_groups=8,
         sample_size=32,
     )
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    schedule = EulerDiscreteScheduler(**noise) if xl else PNDMScheduler(**noise, skip_prk_steps=True)  # as published
     encoder = CLIPTextModel(text_config(len(tokenizer), 32))
     common = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": schedule}
     if xl:

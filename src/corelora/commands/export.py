@@ -13,6 +13,7 @@ from corelora.servers import SERVERS
 
 HELP = "write an adapter as a plain LoRA with equal outputs"
 IMAGES = ("diffusers", "kohya")  # software for pictures: adapters of the task dreambooth
+PIPELINE = "pipeline.json"  # a file of theirs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.for_ in IMAGES:
         return _for_images(arguments)
+    if any((Path(arguments.adapter) / place / PIPELINE).is_file() for place in ("", "adapter")):
+        raise CoreLoraError(f"{arguments.adapter} is of a diffusion model: add --for {' or --for '.join(IMAGES)}")
     report = export_lora(
         arguments.adapter,
         arguments.out,
@@ -55,12 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _for_images(arguments: argparse.Namespace) -> int:
     try:
-        from corelora.diffusion.export import export_subject
+        from corelora.diffusion.export import Wanted, export_subject
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"this export needs {error.name}. Install: pip install corelora[train,diffusion]") from None
     adapter = Path(arguments.adapter)
     adapter = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter  # a run folder
-    report = export_subject(adapter, Path(arguments.out), arguments.for_, arguments.overwrite)
+    check = not arguments.no_check
+    wanted = Wanted(layout=arguments.for_, rank=arguments.rank, base=arguments.base, check=check)
+    report = export_subject(adapter, Path(arguments.out), wanted, arguments.overwrite)
     if arguments.json:
         print_json({**asdict(report), "path": str(report.path)})
         return 0

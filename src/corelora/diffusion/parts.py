@@ -92,8 +92,8 @@ class Parts:
     def pipeline(self, **given: Any) -> Any:
         """The whole pipeline for making pictures, with some parts given.
 
-        Without a safety checker's weights, and without the watermark that SDXL's pipeline would put into pictures, which
-        those of the class would teach.
+        Without a safety checker's weights, and without the watermark that SDXL's pipeline can put into pictures: those
+        of the class would teach it.
 
         Raises:
             CoreLoraError: it can't be read.
@@ -141,7 +141,9 @@ def find_parts(part: ModelPart) -> Parts:
         raise CoreLoraError(f"model.name: {part.name} is a {kind}; SD 1.5 and SDXL pipelines can be trained here")
     says = schedule.get("prediction_type", PREDICTIONS[0])
     if says not in PREDICTIONS:
-        raise CoreLoraError(f"model.name: {part.name} predicts {says!r}; {' and '.join(PREDICTIONS)} can be trained here")
+        raise CoreLoraError(
+            f"model.name: {part.name} predicts {says!r}; {' and '.join(PREDICTIONS)} can be trained here"
+        )
     dtype = dtypes.get(part.dtype, torch.float32)
     return Parts(source=part.name, revision=part.revision, unet=unet, encoders=encoders, dtype=dtype)
 
@@ -214,7 +216,9 @@ def long_prompts(parts: Parts, prompts: Mapping[str, str]) -> list[str]:
     found = []
     for key, prompt in prompts.items():
         sizes = [(len(t(prompt).input_ids), t.model_max_length) for t in _tokenizers(parts)]
-        over = [f"{key} has {n} tokens, the text encoder reads {most}: make it shorter" for n, most in sizes if n > most]
+        over = [
+            f"{key} has {n} tokens, the text encoder reads {most}: make it shorter" for n, most in sizes if n > most
+        ]
         found += over[:1]
     return found
 

@@ -21,7 +21,8 @@ from corelora.errors import CoreLoraError, raise_all
 from corelora.recipe import Recipe
 from corelora.recipe.subject import SubjectPart
 from corelora.train.folder import RunFolder
-from corelora.train.methods import is_full
+from corelora.train.methods import is_whole
+from corelora.train.story import say
 from corelora.train.tasks import TASKS, Rows, Task
 from corelora.train.trainer import RunTrainer
 
@@ -92,7 +93,7 @@ class DreamBooth(Task):
             found.append("subject is missing: its prompt says what the pictures show, `a photo of sks dog`")
         if recipe.data.form != FORM:
             found.append(f"data.form: pictures of a subject are the form {FORM!r}, not {recipe.data.form!r}")
-        if is_full(recipe.method):
+        if is_whole(recipe.method):
             found.append(f"method.name: dreambooth trains adapters; {recipe.method['name']!r} has none")
         if recipe.model.quantize is not None:
             found.append("model.quantize: diffusion models are trained in float32, bfloat16 or float16 here")
@@ -162,6 +163,7 @@ class DreamBooth(Task):
         rows = [(f"trained on: {part.prompt}", read_all(picture_files(recipe.data.train.path))[:SHOWN])]
         rows += validation_pictures(recipe, model, processor)
         contact_sheet(rows, folder.root / "contact-sheet.png")
+        say(f"pictures of the validation prompts: {folder.root / 'contact-sheet.png'}")
         return {"contact_sheet": "contact-sheet.png"}
 
 
