@@ -37,7 +37,7 @@ quickstart: $(STAMP)  ## fine-tune SmolLM2-135M with NLoRA on word problems, bef
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(RUN) -W ignore -m corelora.quickstart recipes/quickstart.yaml
 
 test: $(STAMP) lint  ## run every test that can run on this machine
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## the tests that take under a few seconds each
 	$(PYTEST) -n 2 -m "not slow and not gpu"

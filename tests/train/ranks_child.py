@@ -32,6 +32,13 @@ def stand_in_for_gpus():
     run.training_arguments = arguments
 
 
+def without_shared_memory():
+    """DeepSpeed compiles an operation of its own for sums between processes on a CPU, for a minute; gloo has them."""
+    from deepspeed.comm import torch as backend
+
+    backend.build_shm_op = lambda: None
+
+
 def watch(seen):
     """Note how the model is held when its training ends."""
     ran = run.run_trainer
@@ -54,6 +61,8 @@ if __name__ == "__main__":
     folder, seen = Path(sys.argv[1]), {}
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         stand_in_for_gpus()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        without_shared_memory()
     watch(seen)
     for name in sys.argv[3:]:
         recipe = load_recipe(Recipe, folder / f"{name}.yaml")
