@@ -3,6 +3,7 @@
 Trains FOLDER/NAME.yaml into FOLDER/LAUNCH/NAME for each name, on a CPU, and writes what it saw there to seen.json.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -34,9 +35,7 @@ def stand_in_for_gpus():
 
 def without_shared_memory():
     """DeepSpeed compiles an operation of its own for sums between processes on a CPU, for a minute; gloo has them."""
-    from deepspeed.comm import torch as backend
-
-    backend.build_shm_op = lambda: None
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def watch(seen):
