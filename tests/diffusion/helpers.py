@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import PeftModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from corelora.diffusion.parts import find_parts
+from corelora.diffusion.subject import Subject
 from corelora.recipe import Recipe, read_tree
+from corelora.recipe.schema import ModelPart
 
 LENGTH = 32  # tokens of a prompt
 
@@ -127,3 +133,49 @@ def make_recipe(root: Path, model: str = "xl", **parts: Any) -> Recipe:
     assert not problems, problems
     assert recipe is not None
     return recipe
+
+
+LOADER = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+torch.set_num_threads(1)
+folder, *wanted = sys.argv[1:]
+pictures = {}
+for name in [*{f"{n[:2]}-none" for n in wanted}, *wanted]:
+    kind = name[:2]
+    pipeline = {"xl": StableDiffusionXLPipeline, "sd": StableDiffusionPipeline}[kind]
+    pipe = pipeline.from_pretrained(f"{folder}/{kind}")
+    pipe.set_progress_bar_config(disable=True)
+    if name in wanted:
+        pipe.load_lora_weights(f"{folder}/{name}")
+    noise = torch.Generator().manual_seed(5)
+    made = pipe("sks", height=32, width=32, num_inference_steps=3, generator=noise, output_type="np")
+    pictures[name] = torch.from_numpy(made.images[0])
+torch.save(pictures, f"{folder}/pictures.pt")
+assert "corelora" not in sys.modules
+"""
+
+
+def our_picture(root: Path, folder: Path, kind: str) -> torch.Tensor:
+    """The adapter as corelora or PEFT computes it."""
+    parts = find_parts(ModelPart(name=str(root / kind)))
+    encoders = {name: parts.load(name) for name in parts.encoders}
+    subject = Subject(parts.load("unet"), encoders, parts.load("scheduler"))
+    PeftModel.from_pretrained(subject, str(folder)).eval()
+    pipeline = parts.pipeline(unet=subject.unet, **{n: subject.get_submodule(n) for n in parts.encoders})
+    noise = torch.Generator().manual_seed(5)
+    made = pipeline("sks", height=32, width=32, num_inference_steps=3, generator=noise, output_type="np")
+    return torch.from_numpy(made.images[0])
+
+
+def plain_pictures(root: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Pictures by plain diffusers in a process that does not know corelora, by name.
+
+    `names` are folders under `root` with exports; they begin with the folder of their pipeline, and that alone is drawn
+    too, as xl-none or sd-none.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", LOADER, str(root), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(root / "pictures.pt", weights_only=True)

@@ -228,11 +228,12 @@ def _recognised(pairs: Pairs) -> Pairs:
     """Zeros for a text encoder's out_proj where none is adapted: diffusers knows kohya's text keys by that name."""
     zeros = {}
     for encoder in ENCODERS:
-        names = [n for n in pairs if n.startswith(f"{encoder}.")]
+        names = [n for n in pairs if n.startswith(f"{encoder}.") and ".layers." in n]
         if names and not any(n.endswith("out_proj") for n in names):
-            attention = names[0].split(".layers.")[0] + ".layers.0.self_attn.out_proj"
             down, up = pairs[names[0]]
-            zeros[attention] = (torch.zeros_like(down), torch.zeros_like(up))
+            width = min(down.shape[1], up.shape[0])  # of the states: an MLP is wider, on one of its sides
+            name = names[0].split(".layers.")[0] + ".layers.0.self_attn.out_proj"
+            zeros[name] = (down.new_zeros(down.shape[0], width), up.new_zeros(width, down.shape[0]))
     return zeros
 
 

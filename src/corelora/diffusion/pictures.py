@@ -42,16 +42,19 @@ def class_pictures(parts: Parts, prompt: str, count: int, size: int, steps: int 
 
 
 def _make(parts: Parts, paths: Mapping[int, Path], what: tuple[str, int, int]) -> None:
-    """Pictures of (prompt, side, steps), each from the noise of its number; every one is whole, or not there."""
+    """Pictures of (prompt, side, steps), each from the noise of its number; every one is whole, or not there.
+
+    They are drawn in the same batches whichever are missing: a picture's last bits depend on what is drawn beside it.
+    """
     prompt, size, steps = what
-    missing = list(paths)
     made = parts.pipeline().to(_device())
-    for at in tqdm(range(0, len(missing), BATCH), desc="class pictures", unit="batch", delay=2):
-        numbers = missing[at : at + BATCH]
-        for n, picture in zip(numbers, paint(made, [prompt] * len(numbers), numbers, size, steps), strict=True):
-            temporary = paths[n].with_suffix(".tmp")
-            picture.save(temporary, format="PNG")
-            os.replace(temporary, paths[n])
+    for batch in tqdm(sorted({n // BATCH for n in paths}), desc="class pictures", unit="batch", delay=2):
+        numbers = range(batch * BATCH, (batch + 1) * BATCH)
+        for n, picture in zip(numbers, paint(made, [prompt] * BATCH, numbers, size, steps), strict=True):
+            if n in paths:
+                temporary = paths[n].with_suffix(".tmp")
+                picture.save(temporary, format="PNG")
+                os.replace(temporary, paths[n])
 
 
 def paint(

@@ -64,6 +64,15 @@ class Subject(nn.Module):
         rows = F.mse_loss(predicted.float(), self._target(latents, noise, alpha), reduction="none").flatten(1).mean(1)
         return {"loss": (rows * weights * self._snr_weights(alpha.flatten())).mean(), "rows": rows}
 
+    def unused(self) -> list[str]:
+        """Modules that no loss reaches: SDXL reads its first text encoder before the last layer, and no more of it."""
+        if len(self.encoder_names) < 2:
+            return []
+        first = self.encoder_names[0]
+        encoder: Any = self.get_submodule(first)
+        last = f"layers.{encoder.config.num_hidden_layers - 1}"
+        return [f"{first}.{name}" for name, _ in encoder.named_modules() if name.endswith(last)]
+
     def _text(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(embeddings, pooled), by the encoders where they train."""
         ids = condition.get("ids")
@@ -85,8 +94,17 @@ class Subject(nn.Module):
         snr = alpha / (1 - alpha)
         return snr.clamp(max=self.min_snr) / (snr + 1 if self.prediction_type == "v_prediction" else snr)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Recompute activations: what transformers' Trainer calls."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **others: Any) -> None:
+        """Recompute activations: what transformers' Trainer calls.
+
+        Args:
+            gradient_checkpointing_kwargs: torch's, for the text encoders; diffusers has its own for the UNet.
+            **others: transformers' choice of layers, which UNets don't have.
+        """
         self.unet.enable_gradient_checkpointing()  # type: ignore[operator]
         for name in self.encoder_names:
             self.get_submodule(name).gradient_checkpointing_enable(gradient_checkpointing_kwargs)  # type: ignore[operator]
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **others: Any) -> None:
+        """The same by the name that transformers gives it from 5.20 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **others)

@@ -81,6 +81,11 @@ class DreamBooth(Task):
         encoders = {name: config.load(name) for name in _trained(recipe, config)}
         return Subject(config.load("unet"), encoders, config.load("scheduler"), subject_of(recipe).min_snr)
 
+    def unused(self, model: nn.Module) -> list[str]:
+        """Layers of text encoders behind the states that the UNet reads."""
+        assert isinstance(model, Subject)
+        return model.unused()
+
     def save(self, model: Any, folder: Path, processor: Parts, state: Mapping[str, Any] | None) -> None:
         """The adapter, with the name of its pipeline."""
         model.save_pretrained(folder, state_dict=state)

@@ -69,7 +69,8 @@ def meta_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
         return model
     # Statistics change no shape, so the weights' own stand in for them.
     method = {**recipe.method, "stats": "weight"} if needs_stats(recipe.method) else recipe.method
-    adapter = adapter_config(method, task.task_type, task.heads(model), recipe.loop.steps or MANY_STEPS)
+    steps = recipe.loop.steps or MANY_STEPS
+    adapter = adapter_config(method, task.task_type, task.heads(model), steps, task.unused(model))
     assert adapter is not None
     try:
         if is_corelora(method):

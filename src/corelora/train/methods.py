@@ -7,6 +7,7 @@ A bare name is corelora's where corelora has it, else PEFT's. `peft:NAME` is alw
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,13 @@ class AdapterNeeds:
     Attributes:
         task_type: PEFT's name of the task, such as CAUSAL_LM; None: it has none.
         heads: modules on top of the pretrained model that are new and train whole.
+        unused: modules that the loss does not depend on, where an adapter would never learn.
         total_steps: optimizer steps of the run, for methods that schedule themselves (AdaLoRA); None: not known yet.
     """
 
     task_type: str | None
     heads: Sequence[str] = ()
+    unused: Sequence[str] = ()
     total_steps: int | None = None
 
 
@@ -130,18 +133,22 @@ def problems(method: Mapping[str, Any], needs: AdapterNeeds | None = None) -> li
 
 
 def adapter_config(
-    method: Mapping[str, Any], task_type: str | None, heads: Sequence[str] = (), total_steps: int | None = None
+    method: Mapping[str, Any],
+    task_type: str | None,
+    heads: Sequence[str] = (),
+    total_steps: int | None = None,
+    unused: Sequence[str] = (),
 ) -> PeftConfig | None:
     """The config of a recipe's `method`, or None where the run has no adapter.
 
     Args:
         method: `name` and the fields of that method's config.
-        task_type, heads, total_steps: as in `AdapterNeeds`.
+        task_type, heads, total_steps, unused: as in `AdapterNeeds`.
 
     Raises:
         CoreLoraError: every mistake in `method` at once.
     """
-    needs = AdapterNeeds(task_type=task_type, heads=tuple(heads), total_steps=total_steps)
+    needs = AdapterNeeds(task_type=task_type, heads=tuple(heads), unused=tuple(unused), total_steps=total_steps)
     raise_all(problems(method, needs), "recipe")
     return None if is_whole(method) else _build(method, needs)
 
@@ -178,7 +185,8 @@ def _shared(cls: type, method: Mapping[str, Any], needs: AdapterNeeds) -> dict[s
     wanted: dict[str, Any] = {"task_type": needs.task_type}
     if needs.heads:
         wanted["modules_to_save"] = list(needs.heads)
-        wanted["exclude_modules"] = rf"(.*\.)?({'|'.join(needs.heads)})(\..*)?"
+    if left_out := [*needs.heads, *map(re.escape, needs.unused)]:
+        wanted["exclude_modules"] = rf"(.*\.)?({'|'.join(left_out)})(\..*)?"
     names = _field_names(cls)
     return {k: v for k, v in wanted.items() if k in names and method.get(k) is None}
 

@@ -160,7 +160,8 @@ def build_model(run: Run) -> Any:
     method = dict(recipe.method)
     if needs_stats(method):
         method["stats"] = collect(run, model)
-    config = adapter_config(method, run.task.task_type, run.task.heads(model), run.steps)
+    heads, unused = run.task.heads(model), run.task.unused(model)
+    config = adapter_config(method, run.task.task_type, heads, run.steps, unused)
     set_seed(recipe.loop.seed)  # starts depend on the seed alone, not on what was drawn so far
     return model if config is None else adapted(run, model, config)
 

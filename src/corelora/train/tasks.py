@@ -109,6 +109,10 @@ class Task(ABC):
         """Modules that are new in each run and train beside the adapter."""
         return []
 
+    def unused(self, model: nn.Module) -> list[str]:
+        """Modules that the loss does not depend on; they get no adapter, which would never learn."""
+        return []
+
     def save(self, model: Any, folder: Path, processor: Any, state: Mapping[str, Any] | None) -> None:
         """Write the adapter, or the whole model, with its processor into a folder.
 
