@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compare.helpers import opened, write_study
-from corelora.compare.expand import nested, with_seed
+from corelora.compare.expand import nested, final_run
 from corelora.compare.session import start_study
 from corelora.compare.study import load_study
 from corelora.errors import CoreLoraError
@@ -22,7 +22,7 @@ def test_a_grid_with_short_names(folder, tmp_path):
     assert run.recipe.method == {"name": "nlora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
     assert (run.recipe.optim.lr, run.recipe.loop.seed, run.recipe.loop.steps) == (1e-3, 5, 9)
     assert run.name.startswith("gsm8k-nlora-r4-lr0.001-s5-")
-    assert with_seed(run, 0).name in {r.name for r in runs}
+    assert final_run(run, 0, {}).name in {r.name for r in runs}
 
 
 def test_values_with_names_of_their_own(folder, tmp_path):

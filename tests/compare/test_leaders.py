@@ -56,6 +56,32 @@ def test_finalists_are_the_best_of_each_setting(folder, tmp_path):
         }
 
 
+def test_finalists_with_keys_of_their_own(folder, tmp_path):
+    """Rates are tuned by the first runs; what is compared are the finals, the first seed's too; a wrong key is named."""
+    final = {"seeds": [1, 2], "set": {"data.test.split": "test"}}
+    study = opened(tmp_path, folder, [{**GROUP, "finalists": final}])
+    pretend(study, loss)
+    chosen = study.finalists(study.study.groups[0])
+    assert {(r.labels["method"], r.labels["lr"], r.seed) for r in chosen} == {
+        (m, lr, s) for m, lr in (("nlora", "0.0001"), ("lora", "0.01")) for s in (0, 1, 2)
+    }
+    assert {r.recipe.data.test.split for r in chosen} == {"test"}
+    assert not {r.name for r in chosen} & {r.name for r in study.first["rates"]}
+
+    def on_test(run):
+        final = 0.9 + 0.01 * run.seed if run.labels["method"] == "nlora" else 0.8
+        return final if run.is_final else loss(run)
+
+    pretend(study, on_test, chosen)
+    best, other = leaders(study.study.groups[0], study.standings()["rates"], "test_loss", True)
+    assert (best.name, best.scores, best.usable) == ("lora", (0.8, 0.8, 0.8), (1e-3, 1e-2))
+    assert (other.name, other.scores, dict(other.tuned)) == ("nlora", (0.9, 0.91, 0.92), {"lr": "0.0001"})
+    again = study.finalists(study.study.groups[0])
+    assert {r.name for r in again} == {r.name for r in chosen}  # the finals' own scores tune nothing
+    with pytest.raises(CoreLoraError, match=r"rates: finalists.*data\.tset"):
+        opened(tmp_path / "wrong", folder, [{**GROUP, "finalists": {"set": {"data.tset.split": "test"}}}])
+
+
 def test_no_finalists_before_all_first_runs_have_ended(folder, tmp_path):
     study = opened(tmp_path, folder, [{**GROUP, "finalists": {"seeds": [1]}}])
     pretend(study, loss)

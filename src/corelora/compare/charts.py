@@ -40,7 +40,7 @@ def group_charts(group: Group, runs: Sequence[Standing], score: str, lower: bool
     for axis in _numeric_axes(group):
         tuned = axis in group.tune
         title = f"{score} over {'learning rate' if axis == 'lr' else axis.replace('_', ' ')}"
-        charts[title] = axis_chart(group, runs if tuned else _of(found), axis, score)
+        charts[title] = axis_chart(group, [r for r in runs if not r.run.is_final] if tuned else _of(found), axis, score)
     for figure, title in COSTS.items():
         if len({x.average(figure) for x in found} - {None}) > 1:
             charts[f"{score} against {title}"] = cost_chart(found, figure, score, lower)

@@ -29,6 +29,7 @@ class Planned:
         seed: of the run.
         recipe: the whole run.
         name: of its folder; two groups that ask for the same run share it.
+        is_final: a finalist's run with keys of its own: it is compared, and nothing is tuned by it.
     """
 
     group: str
@@ -36,6 +37,7 @@ class Planned:
     seed: int
     recipe: Recipe
     name: str
+    is_final: bool = False
 
     def folder(self, root: Path) -> Path:
         """Its run folder in a study's folder."""
@@ -57,17 +59,38 @@ def expand(study: Study, where: Path) -> dict[str, list[Planned]]:
     for group in study.groups:
         runs[group.name], wrong = _expand_group(study, group, where)
         problems += wrong
+        if group.finalists is not None and runs[group.name]:
+            problems += _wrong_finals(runs[group.name][0], group.finalists.set)
     raise_all(list(dict.fromkeys(problems)), "study")
     return runs
 
 
-def with_seed(run: Planned, seed: int) -> Planned:
-    """The same run with another seed."""
-    data = merged(as_data(run.recipe), {"loop": {"seed": seed}})
+def final_run(run: Planned, seed: int, keys: Mapping[str, Any]) -> Planned:
+    """The same run with another seed, and with a finalist's own keys.
+
+    Args:
+        run: of the first seeds.
+        seed: the seed.
+        keys: recipe keys over the run's.
+
+    Raises:
+        CoreLoraError: keys that no recipe has.
+    """
+    data = _laid_over(as_data(run.recipe), nested(keys), {"loop": {"seed": seed}})
     recipe, problems = read_tree(Recipe, data)
-    raise_all(problems, run.name)
+    raise_all(problems, f"{run.group}: finalists")
     assert recipe is not None
-    return Planned(group=run.group, labels=run.labels, seed=seed, recipe=recipe, name=run_name(recipe))
+    name, is_final = run_name(recipe), bool(keys)
+    return Planned(group=run.group, labels=run.labels, seed=seed, recipe=recipe, name=name, is_final=is_final)
+
+
+def _wrong_finals(run: Planned, keys: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the finalists' own keys: said before anything runs, not when the finals begin."""
+    try:
+        final_run(run, run.seed, keys)
+    except CoreLoraError as error:
+        return [str(error)]
+    return []
 
 
 def identity(recipe: Recipe) -> str:

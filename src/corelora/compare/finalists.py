@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corelora.compare.expand import Planned, with_seed
+from corelora.compare.expand import Planned, final_run
 from corelora.compare.leaders import Leader, leaders
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
@@ -12,6 +12,8 @@ from corelora.compare.study import Group
 
 def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> list[Planned]:
     """The finalists' runs: the best settings, and those that stay whatever came out, each with every seed.
+
+    Where the finalists have keys of their own, the first seeds are run again with them.
 
     Args:
         group: of the study.
@@ -24,8 +26,10 @@ def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -
     ranked = [leader for leader in leaders(group, runs, score, lower) if leader.runs]
     chosen = ranked[: group.finalists.top]
     chosen += [x for x in ranked if x not in chosen and any(_is(x, wanted) for wanted in group.finalists.always)]
-    first = [standing.run for leader in chosen for standing in leader.runs]
-    return first + [with_seed(leader.runs[0].run, seed) for leader in chosen for seed in group.finalists.seeds]
+    keys, more = group.finalists.set, group.finalists.seeds
+    first = [] if keys else [standing.run for leader in chosen for standing in leader.runs]
+    seeds = [*group.seeds, *more] if keys else more
+    return first + [final_run(leader.runs[0].run, seed, keys) for leader in chosen for seed in seeds]
 
 
 def _is(leader: Leader, wanted: dict) -> bool:

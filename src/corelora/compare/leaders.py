@@ -74,10 +74,12 @@ def leaders(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> 
         lower: whether lower is better.
     """
     compared = [axis for axis in group.axes if axis not in group.tune]
+    has_finals = any(run.run.is_final for run in runs)
     settings: dict[Labels, list[Standing]] = {}
     for run in runs:
         settings.setdefault(_of(run, compared), []).append(run)
     found = [_leader(group, setting, of_it, score, lower) for setting, of_it in settings.items()]
+    found = [_judged_by_finals(x, settings[x.setting], score) for x in found] if has_finals else found
     found.sort(key=lambda x: (math.isnan(x.mean), x.mean if lower else -x.mean))
     return [_with_noise(x, found[0]) for x in found]
 
@@ -86,7 +88,7 @@ def _leader(group: Group, setting: Labels, runs: Sequence[Standing], score: str,
     values: dict[Labels, list[tuple[Standing, float]]] = {}
     for run in runs:
         value = run.figure(score)
-        if run.state == "done" and value is not None and math.isfinite(value):
+        if not run.run.is_final and run.state == "done" and value is not None and math.isfinite(value):
             values.setdefault(_of(run, group.tune), []).append((run, value))
     # Tuned by the first seed alone: else a value with more seeds would be judged by another measure.
     firsts = {tuned: _first(of_it, group.seeds) for tuned, of_it in values.items()}
@@ -101,6 +103,13 @@ def _leader(group: Group, setting: Labels, runs: Sequence[Standing], score: str,
         missing=sum(run.state == "missing" for run in runs),
         usable=_usable(group, tuned, firsts),
     )
+
+
+def _judged_by_finals(leader: Leader, runs: Sequence[Standing], score: str) -> Leader:
+    """Tuned as before, but with the scores of the finalists' own runs; none for a setting that is no finalist."""
+    found = [(r, v) for r in runs if r.run.is_final and r.state == "done" and (v := r.figure(score)) is not None]
+    finals = {"runs": tuple(r for r, _ in found), "scores": tuple(v for _, v in found)}
+    return Leader(**{**leader.__dict__, **finals})
 
 
 def _first(runs: Sequence[tuple[Standing, float]], seeds: Sequence[int]) -> float:

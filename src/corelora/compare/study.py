@@ -53,6 +53,11 @@ class Finalists:
     always: list[dict[str, Any]] = setting(
         "Settings that stay whatever came out, `{method: nlora}`, such as the default.", list
     )
+    set: dict[str, Any] = setting(
+        "Recipe keys of the finalists' own runs, every seed: `data.test.split: test` where rates are tuned on another "
+        "split. Their scores alone are then compared.",
+        dict,
+    )
     suites: list[str] = setting("Suites that the finalists are evaluated on, all seeds.", list)
     protocol: str | None = setting("Protocol of these suites; each one's own default if not given.", None)
     data: list[str] = setting("Local rows for the suites, as after `corelora evaluate --data`.", list)
