@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compare.helpers import opened, write_study
-from corelora.compare.expand import nested, final_run
+from corelora.compare.expand import final_run, nested
 from corelora.compare.session import start_study
 from corelora.compare.study import load_study
 from corelora.errors import CoreLoraError
