@@ -57,7 +57,7 @@ def test_finalists_are_the_best_of_each_setting(folder, tmp_path):
 
 
 def test_finalists_with_keys_of_their_own(folder, tmp_path):
-    """Rates are tuned by the first runs; compared are the finals, the first seed's too; a wrong key is named."""
+    """Rates are tuned by the first runs; the finals, the first seed's too, are compared; a wrong key is named."""
     final = {"seeds": [1, 2], "set": {"data.test.split": "test"}}
     study = opened(tmp_path, folder, [{**GROUP, "finalists": final}])
     pretend(study, loss)
