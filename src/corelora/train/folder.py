@@ -79,6 +79,7 @@ def versions() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # says which build it is, which its package's metadata may not
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     found["threads"] = torch.get_num_threads()
     return found

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from corelora.vision.pictures import read_picture
 AREAS = {"light": (0.5, 1.0), "strong": (0.08, 1.0)}  # of the crop, as parts of the picture
 RATIOS = (3 / 4, 4 / 3)  # width over height of the crop
 TRIES = 10  # draws of a crop that fits; after them the largest square in the middle is taken
+MOST_THREADS = 8  # that decode and crop a batch
 KEPT = 1 << 30  # bytes of decoded pictures that are held, so that a small set is decoded once
 
 
@@ -182,32 +184,44 @@ class Collator:
         self.epoch = 0  # the trainer says which; crops are drawn anew in each
         self._kept: dict[tuple[bool, int], Image.Image] = {}
         self._bytes = 0
+        self._threads: ThreadPoolExecutor | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch."""
         crop = self.crop if all(row["train"] for row in rows) else None
-        pictures = [self._picture(row) for row in rows]
+        pictures = self._pictures(rows)
         if crop is None:
             values = self.processor(pictures)
         else:
-            values = torch.stack([crop(p, self._draw(row)) for p, row in zip(pictures, rows, strict=True)])
+            values = torch.stack(self._each(crop, pictures, [self._draw(row) for row in rows]))
         labels = torch.tensor([row["labels"] for row in rows], dtype=torch.long)
         return {"pixel_values": values.to(self.batches.dtype), "labels": labels, **self.batches.beside}
 
     def _draw(self, row: Mapping[str, Any]) -> random.Random:
         return random.Random(f"crop {self.batches.seed} {self.epoch} {row['row']}")
 
-    def _picture(self, row: Mapping[str, Any]) -> Image.Image:
+    def _each(self, function: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
+        """A function of each row, on several threads: Pillow decodes and resizes without Python's lock."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads()))
+        return list(self._threads.map(function, *lists))
+
+    def _pictures(self, rows: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
         """Decoded, and held while there is room."""
-        key = (bool(row["train"]), int(row["row"]))
-        if key in self._kept:
-            return self._kept[key]
-        try:
-            picture = read_picture(row["picture"])
-        except CoreLoraError as error:  # it was good when it was checked
-            raise CoreLoraError(f"{row['picture']['path'] or 'picture ' + str(row['row'] + 1)} {error}") from None
-        size = 3 * picture.width * picture.height
-        if self._bytes + size <= KEPT:
-            self._kept[key] = picture
-            self._bytes += size
-        return picture
+        keys = [(bool(row["train"]), int(row["row"])) for row in rows]
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._kept}
+        read = dict(zip(missing, self._each(_read, list(missing.values())), strict=True))
+        found = [self._kept[key] if key in self._kept else read[key] for key in keys]
+        for key, picture in read.items():
+            size = 3 * picture.width * picture.height
+            if self._bytes + size <= KEPT:
+                self._kept[key] = picture
+                self._bytes += size
+        return found
+
+
+def _read(row: Mapping[str, Any]) -> Image.Image:
+    try:
+        return read_picture(row["picture"])
+    except CoreLoraError as error:  # it was good when it was checked
+        raise CoreLoraError(f"{row['picture']['path'] or 'picture ' + str(row['row'] + 1)} {error}") from None
