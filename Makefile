@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 quickstart: $(STAMP)  ## fine-tune SmolLM2-135M with NLoRA on word problems, before and after
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(RUN) -W ignore -m corelora.quickstart recipes/quickstart.yaml
 
-test: $(STAMP) lint  ## run every test that can run on this machine
+test: $(STAMP)  ## run every test that can run on this machine
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## the tests that take under a few seconds each

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import statistics
 import sys
 import types
 import typing
@@ -203,7 +204,68 @@ def _leaders(group: dict[str, Any]) -> str:
     return _table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
+def clip() -> str:
+    """Few-shot steps on a CLIP of ViT-B/16 size, from the runs' own metrics."""
+    data = json.loads((RESULTS / "clip-b16-h100.json").read_text())
+    rows = []
+    for run in data["runs"]:
+        times = sorted(run["seconds a step"])
+        spread = f"{times[0]:.3f} to {times[-1]:.3f}"
+        memory = f"{run['peak_memory'] / 2**30:.2f}"
+        rows.append([run["method"], f"{run['trained']:,}", f"{statistics.median(times):.3f}", spread, memory])
+    header = ["method", "trained", "seconds a step", "from to", "peak GiB"]
+    return f"{data['what']}; {data['versions']['device']}.\n\n" + _table(header, rows)
+
+
+def sdxl() -> str:
+    """Steps of an SDXL-size UNet, as `benchmarks/sdxl.py` printed them."""
+    run, *results = [json.loads(line) for line in (RESULTS / "sdxl-h100.jsonl").read_text().splitlines()]
+    rows = []
+    for r in results:
+        spread = f"{r['spread'][0]:.2f} to {r['spread'][1]:.2f}"
+        start, peak = f"{r['start_seconds']:.1f}", f"{r['peak_gib']:.2f}"
+        rows.append([r["method"], f"{r['trained']:,}", f"{r['seconds']:.2f}", spread, start, peak])
+    header = ["method", "trained", "seconds a step, median", "from to", "seconds to begin", "peak GiB"]
+    what = f"an SDXL-size UNet, {run['side']} x {run['side']} pixels, batch 1, {run['dtype']}, recomputed activations"
+    return f"{what}, {results[0]['steps']} steps each in turn; {run['device']}.\n\n" + _table(header, rows)
+
+
+def gsm8k_time() -> str:
+    """How long an evaluation took, and what came out."""
+    data = json.loads((RESULTS / "gsm8k-smollm2-base-h100.json").read_text())
+    score = next(iter(data["scores"].values()))
+    value = f"{100 * score['value']:.2f} ± {100 * score['stderr']:.2f} %"
+    row = [data["protocol"], data["dtype"], str(data["settings"]["batch_size"]), f"{data['seconds']:.1f}", value]
+    return _table(["protocol", "type", "batch", "seconds, loading included", "right"], [row])
+
+
+def agreement() -> str:
+    """Our verdicts beside the harness's, as `benchmarks/harness_agreement.py` wrote them."""
+    data = json.loads((RESULTS / "gsm8k-agreement.json").read_text())
+    rows = []
+    for name, pair in data["agreement"].items():
+        ours, _, theirs = name.partition(" and ")
+        rows.append([f"`{ours}`", f"`{theirs}`", f"{100 * pair['agreement']:.2f} % of {pair['n']:,}"])
+    return _table(["our reader", "the harness's filter", "same verdict"], rows)
+
+
+def batched() -> str:
+    """Replies in batches and one by one, as `benchmarks/batched_replies.py` wrote them."""
+    data = json.loads((RESULTS / "batched-replies.json").read_text())
+    rows = []
+    for kind in data["types"]:
+        gaps = sorted(kind["gaps where not"])
+        shown = f"{statistics.median(gaps):.3f}, at most {gaps[-1]:.3f}" if gaps else "-"
+        rows.append([kind["dtype"], f"{kind['equal']} of {kind['replies']}", shown])
+    return _table(["type", "same text", "gap of the two highest logits where they part, median"], rows)
+
+
 TABLES = {
+    "clip-b16": clip,
+    "sdxl": sdxl,
+    "gsm8k-time": gsm8k_time,
+    "gsm8k-agreement": agreement,
+    "batched-replies": batched,
     "recipe-keys": recipe_parts,
     "study-keys": keys(Study),
     "group-keys": keys(Group),

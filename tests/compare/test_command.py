@@ -15,7 +15,6 @@ import pytest
 
 from compare.helpers import opened, pretend, write_study
 from corelora.cli import main
-from corelora.compare.devices import Memory, find_devices
 from corelora.compare.page import report_study
 from corelora.compare.pool import Device, Pool, Running, Task
 from corelora.compare.standing import write_failed
@@ -117,19 +116,6 @@ def test_a_device_takes_what_fits(folder, tmp_path):
     assert not device.has_room(task(1.0))
     device.running = [running(1.0)] * 3
     assert not device.has_room(task(1.0))
-    assert Memory(find_devices(None)).of(work) == 0.0 or find_devices(None)[0].number is not None
-
-
-def test_a_gpu_is_estimated_once_a_setting(folder, tmp_path, monkeypatch):
-    """Rates and seeds change nothing; the estimate is a step's, with a margin."""
-    runs = opened(tmp_path, folder, [{**GROUPS[0], "seeds": [0, 3]}]).first["methods"]
-    memory = Memory([Device(number=0, free=1e9, most=2)])
-    asked = []
-    estimate = memory._estimate
-    monkeypatch.setattr(memory, "_estimate", lambda work: asked.append(work) or estimate(work))
-    found = {memory.of(Work(recipe=r.recipe, folder=tmp_path)) for r in runs}
-    assert len(asked) == 3
-    assert all(1e8 < f < 2e9 for f in found)
 
 
 def test_out_of_memory_beside_others_is_tried_alone(folder, tmp_path):

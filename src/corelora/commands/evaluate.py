@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from corelora.commands.output import print_json, table
 from corelora.errors import CoreLoraError
 
@@ -27,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--protocol", metavar="NAME", help="paper or harness (each suite's first one)")
     add("--data", action="append", default=[], metavar="FOLDER|TASK=PATH", help="local rows in place of the hub's")
     add("--output", metavar="FOLDER", help="results go to FOLDER/eval (the run or adapter folder itself)")
-    add("--batch-size", type=int, metavar="N", help="samples at one time (256 on a GPU, 16 on a CPU)")
+    add("--batch-size", type=int, metavar="N", help="samples at one time (what fits on a GPU, 16 on a CPU)")
     add("--limit", type=int, metavar="N", help="only the first N samples of each task")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="type of the weights")
     add("--no-merge", action="store_true", help="keep the adapter beside the weights instead of merging it")
@@ -59,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     suites = with_data([load_suite(name) for name in arguments.suite.split(",")], arguments.data)
     subject = find_subject(arguments.subject, arguments.output, arguments.dtype)
     settings = Settings(
-        batch_size=arguments.batch_size or (256 if torch.cuda.is_available() else 16),
+        batch_size=arguments.batch_size,
         limit=arguments.limit,
         merge=not arguments.no_merge,
         unsafe_code=arguments.unsafe_code,

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
+from tqdm.auto import tqdm
 
-from corelora.compare.pool import Device
+from corelora.compare.pool import Device, process_context
 from corelora.compare.work import Work
 from corelora.errors import CoreLoraError
 from corelora.plan_memory import GIB
@@ -23,32 +25,37 @@ MARGIN = 1.15  # over the estimate: tests, fragments
 CORES = 2  # of the CPU, for each run on a GPU
 
 
-class Memory:
-    """Estimates of what runs take, made once for all rates and seeds of a setting.
+def expected_memory(works: Sequence[Work], devices: Sequence[Device], jobs: int | None) -> list[float | None]:
+    """Bytes that each run is expected to take on a GPU; on a CPU 0, where the user says how many run.
+
+    Estimated once for all rates and seeds of a setting, by several processes. What can't be estimated (pictures) is
+    taken to be an even share where the user says how many run at a time; else it is None, and the run is alone.
 
     Args:
-        devices: where they will run.
+        works: the runs.
+        devices: where they will be.
+        jobs: runs at a time on each device, if the user says so.
     """
+    if devices[0].number is None:
+        return [0.0] * len(works)
+    share = min(d.free for d in devices) / jobs if jobs else None
+    recipes = {without_rates(work.recipe): work.recipe for work in works}
+    count = min(len(recipes), os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, mp_context=process_context()) as pool:
+        made = pool.map(estimate, recipes.values())
+        bar = tqdm(made, total=len(recipes), desc="memory", unit="setting", delay=2, leave=False)
+        known = dict(zip(recipes, bar, strict=True))
+    found = [known[without_rates(work.recipe)] for work in works]
+    return [share if memory is None else memory for memory in found]
 
-    def __init__(self, devices: Sequence[Device]) -> None:
-        self.kind = "cpu" if devices[0].number is None else "cuda"
-        self.known: dict[str, float | None] = {}
 
-    def of(self, work: Work) -> float | None:
-        """Bytes of a run on a GPU, None where it can't be known; on a CPU 0, where the user says how many run."""
-        if self.kind == "cpu":
-            return 0.0
-        key = without_rates(work.recipe)
-        if key not in self.known:
-            self.known[key] = self._estimate(work)
-        return self.known[key]
-
-    def _estimate(self, work: Work) -> float | None:
-        try:
-            config = TASKS[work.recipe.task].load_config(work.recipe)
-            return MARGIN * step_memory(work.recipe, config, self.kind).peak + CONTEXT
-        except CoreLoraError:
-            return None  # the run itself will say what is wrong, if anything is
+def estimate(recipe: Recipe) -> float | None:
+    """Bytes of one run on a GPU with its process, or None where that can't be known."""
+    try:
+        config = TASKS[recipe.task].load_config(recipe)
+        return MARGIN * step_memory(recipe, config, "cuda").peak + CONTEXT
+    except CoreLoraError:
+        return None  # the run itself will say what is wrong, if anything is
 
 
 def find_devices(jobs: int | None) -> list[Device]:

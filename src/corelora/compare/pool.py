@@ -22,7 +22,7 @@ PRELOADED = ["corelora.train.run", "corelora.evaluate.run", "corelora.evaluate.s
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Work and the memory that it is expected to take, in bytes; None: not known, so it runs alone on its device."""
+    """Work and the memory that it is expected to take, in bytes; None: it runs alone on its device."""
 
     work: Work
     memory: float | None
@@ -63,6 +63,17 @@ class Running:
     neighbours: bool  # others ran beside it at some time
 
 
+def process_context() -> Any:
+    """How processes begin: a server that has imported everything once forks them; where there is none, each imports."""
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        # Imports must not wake CUDA: forks could not use it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 class Pool:
     """Works through tasks on devices.
 
@@ -74,14 +85,7 @@ class Pool:
     def __init__(self, devices: Sequence[Device], say: Callable[[Task], None]) -> None:
         self.devices, self.say = list(devices), say
         self.threads = max(1, (os.cpu_count() or 1) // sum(d.most for d in self.devices))
-        # A server that has imported everything once, and forks for each run; where there is none, each run imports.
-        methods = multiprocessing.get_all_start_methods()
-        self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:
-            os.environ.setdefault(
-                "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-            )  # imports must not wake CUDA: forks could not use it
-            self.context.set_forkserver_preload(PRELOADED)
+        self.context = process_context()
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Make all runs; one that fails is written down, and the others go on.

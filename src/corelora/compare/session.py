@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from corelora.compare.devices import Memory, find_devices, without_rates
+from corelora.compare.devices import expected_memory, find_devices, without_rates
 from corelora.compare.expand import Planned
 from corelora.compare.folder import StudyFolder, distinct, open_study
 from corelora.compare.pool import Pool, Task
@@ -78,9 +78,8 @@ class Session:
             return
         self.say(f"{len(todo)} of {len(works)} runs to make, in {self.root}")
         devices = find_devices(self.options.jobs)
-        memory = Memory(devices)
-        bar = tqdm(todo, desc="memory", unit="run", delay=2, leave=False)
-        tasks = [Task(work=work, memory=memory.of(work)) for work in bar]
+        memory = expected_memory(todo, devices, self.options.jobs)
+        tasks = [Task(work=work, memory=taken) for work, taken in zip(todo, memory, strict=True)]
         # The largest first: small ones fill what is left, and none waits alone at the end.
         tasks.sort(key=lambda t: -(t.memory if t.memory is not None else float("inf")))
         Pool(devices, self._tell).run(tasks)

@@ -109,14 +109,12 @@ def _do(work: Work, threads: int) -> None:
 
 
 def _evaluate(work: Work, final: Finalists) -> None:
-    import torch
-
     from corelora.evaluate.job import Settings
     from corelora.evaluate.run import evaluate
     from corelora.evaluate.subject import find_subject
     from corelora.evaluate.suites import load_suite, with_data
 
-    settings = Settings(batch_size=256 if torch.cuda.is_available() else 16, limit=final.limit)
+    settings = Settings(limit=final.limit)
     suites = with_data([load_suite(name) for name in work.left_suites], final.data)
     evaluate(find_subject(str(work.folder)), suites, final.protocol, settings)
 

@@ -30,7 +30,7 @@ def run_classify(job: Job) -> Outcome:
     ids, texts = job.ids(len(data)), [tuple(row[c] for c in task.texts) for row in data]
     lengths = [sum(len(t) for t in pair) for pair in texts]
     with tqdm(total=len(ids), initial=sum(n in job.partial.outputs for n in ids), desc=job.name, unit="row") as bar:
-        for batch in batches(ids, lengths, job.settings.batch_size, job.partial):
+        for batch in batches(ids, lengths, job.batch_size, job.partial):
             new = sum(ids[n] not in job.partial.outputs for n in batch)
             logits = _logits(job, [texts[n] for n in batch])
             job.partial.add({ids[n]: row for n, row in zip(batch, logits, strict=True)})

@@ -38,7 +38,7 @@ def written(job: Job, ids: Sequence[str], prompts: Sequence[str], stops: Sequenc
     write = VllmWriter(job.model, settings.seed) if settings.backend == "vllm" else _Transformers(job, writing)
     lengths = [len(p) for p in prompts]
     with tqdm(total=len(ids), initial=sum(n in job.partial.outputs for n in ids), desc=job.name, unit="reply") as bar:
-        for batch in batches(ids, lengths, settings.batch_size, job.partial):
+        for batch in batches(ids, lengths, job.batch_size, job.partial):
             made = write([prompts[n] for n in batch], writing, [ids[n] for n in batch])
             new = sum(ids[n] not in job.partial.outputs for n in batch)
             job.partial.add(
@@ -129,5 +129,5 @@ def _sandbox_problems(suite: Suite, settings: Settings) -> list[str]:
     return []
 
 
-KINDS.add("generate", Kind(run=run_generate, problems=_reader_problems))
-KINDS.add("code", Kind(run=run_code, problems=_sandbox_problems))
+KINDS.add("generate", Kind(run=run_generate, problems=_reader_problems, writes=True))
+KINDS.add("code", Kind(run=run_code, problems=_sandbox_problems, writes=True))

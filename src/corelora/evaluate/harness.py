@@ -24,7 +24,7 @@ def run_harness(job: Job) -> Outcome:
     Raises:
         CoreLoraError: the harness has no such task, or its rows can't be read.
     """
-    lm = HFLM(pretrained=job.model, tokenizer=job.tokenizer, batch_size=job.settings.batch_size)
+    lm = HFLM(pretrained=job.model, tokenizer=job.tokenizer, batch_size=job.batch_size)
     cache = job.partial.path.with_suffix(f".{job.name}.harness")
     manager = TaskManager()
     try:

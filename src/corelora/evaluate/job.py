@@ -21,7 +21,7 @@ class Settings:
     """What the user chooses beside suite and protocol.
 
     Attributes:
-        batch_size: samples at one time.
+        batch_size: samples at one time; None: what fits (fitting.py).
         limit: the first samples only; None for all.
         merge: adapters are merged into the weights.
         unsafe_code: model-written code may run without a sandbox.
@@ -30,7 +30,7 @@ class Settings:
         against: the run whose answers a judge compares these with, for protocols of pairs.
     """
 
-    batch_size: int
+    batch_size: int | None = None
     limit: int | None = None
     merge: bool = True
     unsafe_code: bool = False
@@ -67,6 +67,12 @@ class Job:
         assert self.rows is not None
         count = min(len(self.rows), self.settings.limit or len(self.rows))
         return [dict(row) for row in self.rows.dataset.select(range(count))]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples at one time."""
+        assert self.settings.batch_size is not None  # settled when the model was loaded
+        return self.settings.batch_size
 
     def ids(self, count: int) -> list[str]:
         """Names of samples: the task and the row's number, from 1."""
@@ -108,12 +114,14 @@ class Kind:
         classes: labels of the model's head for a task, None for a language model.
         reads_rows: rows are read from the task's source; else `run` reads what it needs.
         problems: what is missing before anything is loaded, one sentence each.
+        writes: the model writes replies, token by token.
     """
 
     run: Callable[[Job], Outcome]
     classes: Callable[[SuiteTask], int | None] = lambda task: None
     reads_rows: bool = True
     problems: Callable[[Suite, Settings], list[str]] = lambda suite, settings: []
+    writes: bool = False
 
 
 KINDS: Registry[Kind] = Registry("kind of evaluation")

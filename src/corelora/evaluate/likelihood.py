@@ -46,7 +46,7 @@ def run_likelihood(job: Job) -> Outcome:
     asked = job.prompts([{**row, "question": part[0]} for row, part in zip(data, parts, strict=True)])
     # Without a blank at its end: the harness would count one as the answer's.
     ids, prompts = job.ids(len(data)), [prompt.rstrip() for prompt in asked]
-    size = job.settings.batch_size
+    size = job.batch_size
     lm = HFLM(pretrained=job.model, tokenizer=job.tokenizer, batch_size=size)
     lengths = [len(p) for p in prompts]
     with tqdm(total=len(ids), initial=sum(n in job.partial.outputs for n in ids), desc=job.name, unit="row") as bar:

@@ -40,7 +40,7 @@ def answers(job: Job) -> dict[str, list[str]]:
         for category in sorted({row["category"] for row in data}):
             mine = [n for n, row in enumerate(data) if row["category"] == category]
             parts = [ids[n] for n in mine], [lengths[n] for n in mine]
-            for batch in batches(*parts, job.settings.batch_size, job.partial):
+            for batch in batches(*parts, job.batch_size, job.partial):
                 rows = [data[mine[n]] for n in batch]
                 new = sum(ids[mine[n]] not in job.partial.outputs for n in batch)
                 made = _two_turns(job, rows, TEMPERATURES.get(category, 0.0))
@@ -229,5 +229,5 @@ class Bench:
         return prompt["system_prompt"], prompt["prompt_template"].format(**values)
 
 
-KINDS.add("judge", Kind(run=run_mt_bench))
-KINDS.add("judge_pairs", Kind(run=run_pairs, problems=_pair_problems))
+KINDS.add("judge", Kind(run=run_mt_bench, writes=True))
+KINDS.add("judge_pairs", Kind(run=run_pairs, problems=_pair_problems, writes=True))

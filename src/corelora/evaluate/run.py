@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from corelora.data.glue import GLUE
 from corelora.data.sources import Rows, read_rows
 from corelora.errors import CoreLoraError, raise_all
+from corelora.evaluate.fitting import samples_at_a_time
 from corelora.evaluate.job import KINDS, Job, Outcome, Settings
 from corelora.evaluate.scores import average
 from corelora.evaluate.session import Partial
@@ -91,6 +92,8 @@ def _suite(plan: Planned, subject: Subject, settings: Settings, rows: dict[str, 
             loaded.clear()  # one model at a time
             loaded[classes] = load_subject(subject, classes, settings.merge and settings.backend == "transformers")
         model, tokenizer = loaded[classes]
+        if settings.batch_size is None:
+            settings = replace(settings, batch_size=samples_at_a_time(model, kind.writes, plan.protocol.max_new_tokens))
         facts = model_facts(subject, model, settings.merge)
         job = Job(
             subject=subject,

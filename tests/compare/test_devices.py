@@ -1,0 +1,59 @@
+"""How many runs a GPU is given: by estimates, or by what the user says where nothing can be known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from compare.helpers import opened
+from corelora.compare.devices import expected_memory
+from corelora.compare.pool import Device, Task
+from corelora.compare.session import planned_runs
+from corelora.compare.work import Work
+
+GIB = 2**30
+GROUP = {"name": "sizes", "axes": {"rank": [2, 8], "lr": [1e-4, 1e-3]}, "set": {"method": {"name": "lora"}}}
+
+
+def works(folder, tmp_path):
+    """Four runs of two sizes."""
+    study = opened(tmp_path, folder, [GROUP])
+    return [Work(recipe=run.recipe, folder=run.folder(study.root)) for run in planned_runs(study)]
+
+
+def gpu(most=4):
+    return Device(number=0, free=80 * GIB, most=most)
+
+
+def test_estimates_are_of_the_setting(folder, tmp_path):
+    """A rate changes nothing; a larger rank takes more; a process itself takes most of a tiny run."""
+    found = expected_memory(works(folder, tmp_path), [gpu()], None)
+    assert found[0] == found[1] < found[2] == found[3]
+    assert 0.8 * GIB < found[0] < 2 * GIB
+
+
+def test_what_is_not_known_is_alone_or_a_share(folder, tmp_path):
+    """Pictures can't be estimated: alone by default, an even share of the GPU where the user says how many."""
+    unknown = [
+        dataclasses.replace(w, recipe=dataclasses.replace(w.recipe, task="clip_few_shot"))
+        for w in works(folder, tmp_path)
+    ]
+    assert expected_memory(unknown, [gpu()], None) == [None] * 4
+    shares = expected_memory(unknown, [gpu()], 4)
+    assert shares == [20 * GIB] * 4
+    device = gpu()
+    for work, memory in zip(unknown, shares, strict=True):
+        task = Task(work=work, memory=memory)
+        assert device.has_room(task)
+        device.running.append(_Running(task))
+    assert not device.has_room(Task(work=unknown[0], memory=shares[0]))
+
+
+def test_a_cpu_is_not_estimated(folder, tmp_path):
+    assert expected_memory(works(folder, tmp_path), [Device(number=None, free=float("inf"), most=2)], 2) == [0.0] * 4
+
+
+class _Running:
+    """What a device remembers of a process."""
+
+    def __init__(self, task):
+        self.task = task
