@@ -7,6 +7,7 @@ _register()
 from corelora.checks import GradientCheck, GradientCheckCallback, check_training  # noqa: E402
 from corelora.config import CoreLoraConfig  # noqa: E402
 from corelora.export import ExportReport, export_lora  # noqa: E402
+from corelora.fold import fold, unfold  # noqa: E402
 from corelora.merged import export_merged  # noqa: E402
 from corelora.spec import list_methods, register_method  # noqa: E402
 from corelora.stats import InputStats, collect_stats  # noqa: E402
@@ -21,7 +22,9 @@ __all__ = [
     "collect_stats",
     "export_lora",
     "export_merged",
+    "fold",
     "list_methods",
     "register_method",
+    "unfold",
 ]
 __version__ = "0.1.0"

@@ -69,6 +69,8 @@ def add_weighted_adapter(
             are trained or differ.
     """
     layers = {k: m for k, m in tuner.model.named_modules() if isinstance(m, CoreLoraLayer)}
+    for layer in layers.values():
+        layer.unfold()
     layers = {k: m for k, m in layers.items() if any(n in m.cores for n in adapters)}
     terms = _Sum(list(adapters), [float(w) for w in weights], layers) if len(adapters) == len(weights) else None
     raise_all(_problems(tuner, adapters, weights, adapter_name, combination_type, svd_rank), "add_weighted_adapter")

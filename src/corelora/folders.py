@@ -165,6 +165,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CoreLoraLay
     if not layers:
         raise CoreLoraError(unknown_name("adapter", adapter_name, {n for m in found.values() for n in m.cores}))
     for layer in layers.values():
+        layer.unfold()
         if adapter_name in layer.unchecked:
             layer.complete(adapter_name)
     return layers

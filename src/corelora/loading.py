@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from corelora.errors import CoreLoraError
+from corelora.folding import fold_again
 from corelora.storage import BaseWeight
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def after_load(layer: Any, incompatible_keys: Any) -> None:
         came = not any(key.endswith(f"{layer.key}.{layer.prefix}fingerprint.{name}") for key in missing)
         if came and name not in layer.unchecked and not layer.merged and _follows_indices(layer, name):
             layer.complete(name)
+    fold_again(layer)
 
 
 def _follows_indices(layer: CoreLoraLayer, name: str) -> bool:

@@ -25,11 +25,11 @@ from corelora.combine import add_weighted_adapter
 from corelora.config import CoreLoraConfig, unmatched_targets
 from corelora.enums import grow
 from corelora.errors import CoreLoraError, raise_all
-from corelora.layers import view_of
+from corelora.layers import LinearView, view_of
 from corelora.loading import has_no_values
 from corelora.registry import OUTERS
 from corelora.stats import channel_scale, stats_problems
-from corelora.tuner_layer import PREFIX, CoreLoraLayer, layer_class
+from corelora.tuner_layer import PREFIX, CoreLoraLayer
 
 NAME = "corelora"
 
@@ -151,6 +151,15 @@ class CoreLoraModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class CoreLoraLinear(CoreLoraLayer):
+    """A CoreLoraLayer on a linear layer. PEFT's "all-linear" knows adapted linear layers by this word in their name."""
+
+
+def layer_class(base_layer: nn.Module) -> type[CoreLoraLayer]:
+    """The class that wraps a base layer."""
+    return CoreLoraLinear if isinstance(view_of(base_layer), LinearView) else CoreLoraLayer
 
 
 def _all_loaded(tuner: nn.Module, incompatible_keys: Any) -> None:

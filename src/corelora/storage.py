@@ -105,6 +105,11 @@ class BaseWeight:
         return torch.cat([self.sample(), torch.tensor([float(self.is_quantized)])])
 
 
+def makes_no_values() -> bool:
+    """New parameters are on the meta device: within torch.device("meta"), or where PEFT's low_cpu_mem_usage is set."""
+    return nn.LayerNorm(1).weight.is_meta  # a module that draws no random numbers
+
+
 def settle(layer: nn.Module) -> None:
     """Put a quantised layer's weight back into its storage layout, which its backend reads.
 

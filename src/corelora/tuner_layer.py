@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from corelora.adapter import CoreAdapter, Factors
 from corelora.errors import CoreLoraError
+from corelora.folding import Foldable, before_load, fold_again, unfolded_state
 from corelora.kernels.fast import fits, fused_forward, suits, wanted
 from corelora.kernels.form import FormMaker
-from corelora.layers import LinearView, view_of
+from corelora.layers import view_of
 from corelora.loading import after_load, check_fingerprint, filled_by_file
 from corelora.spec import AdapterSpec
-from corelora.storage import BaseWeight, backend_of, readable, settle
+from corelora.storage import BaseWeight, backend_of, makes_no_values, readable, settle
 
 SLOTS = ("A", "core", "core_a", "core_b", "core2_a", "core2_b", "B")
 PREFIX = "corelora_"
 
 
-class CoreLoraLayer(nn.Module, BaseTunerLayer):
+class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
     """A base layer with adapters: y = base(x) + sum over active adapters of scale * path(x).
 
     Attributes:
@@ -60,7 +61,9 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self._shared_weight: nn.Parameter | None = None  # the tied weight, while a merged copy stands in its place
         self._disable_adapters = False
         self._active_adapter: Any = []
+        self.register_load_state_dict_pre_hook(before_load)
         self.register_load_state_dict_post_hook(after_load)
+        self.register_state_dict_post_hook(unfolded_state)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -86,6 +89,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         """
         if self.merged:
             raise CoreLoraError(f"{self.key}: unmerge before adding an adapter, whose start reads the base weight")
+        self.unfold()
         self._makers.pop(name, None)
         core = CoreAdapter.of(spec, self.view)
         with readable(self):
@@ -98,7 +102,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
     def _make(
         self, name: str, core: CoreAdapter, weight: BaseWeight, d: Tensor | None, init: bool, from_file: bool
     ) -> None:
-        meta = weight.is_meta or _makes_no_values()
+        meta = weight.is_meta or makes_no_values()
         if meta or from_file:
             factors = core.empty(weight)
             self.unchecked.add(name)
@@ -154,6 +158,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, with what this layer remembers besides."""
+        self.unfold()
         super().delete_adapter(adapter_name)
         self.unchecked.discard(adapter_name)
         self._makers.pop(adapter_name, None)
@@ -162,16 +167,19 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scale to `scale` times its own."""
+        self.unfold()
         if adapter in self.cores:
             self.scaling[adapter] = scale * self.cores[adapter].spec.scale
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of all active adapters."""
+        self.unfold()
         for name in self._mine():
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scale of all active adapters, or give them their own again where `scale` is None."""
+        self.unfold()
         for name in self._mine():
             self.scaling[name] = self.cores[name].spec.scale if scale is None else self.scaling[name] / scale
 
@@ -187,6 +195,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
             adapter: the adapter's name.
             base_weight: accepted for PEFT's sake; slices are read from the layer.
         """
+        self.unfold()
         if adapter in self.unchecked:
             self.complete(adapter)
         core = self.cores[adapter]
@@ -211,6 +220,7 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` and the result is not finite; the weight is then as before.
         """
+        self.unfold()
         for name in [n for n in check_adapters_to_merge(self, adapter_names) if n in self.cores]:
             if not self.merged_adapters:
                 self._hold_slices()
@@ -283,6 +293,8 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' (or, with `adapter_names`, each sample's own)."""
+        if adapter_names is not None:
+            self.unfold()
         if adapter_names is None and not args and not kwargs and wanted(x):
             maker = self._form_maker(x)
             if maker is not None:
@@ -332,9 +344,11 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         return None if self.training and maker.drops else maker
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Moves and casts make new tensors: what the fused path keeps is made from old ones."""
+        """Moves and casts make new tensors: what the fused path keeps is made from old ones; a fold is made anew."""
         self.forget_forms()
-        return super()._apply(*args, **kwargs)
+        before_load(self)
+        super()._apply(*args, **kwargs)
+        return fold_again(self)
 
     def adapter_output(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the base layer's output for the layer's input x, in the output's layout."""
@@ -378,20 +392,6 @@ class CoreLoraLayer(nn.Module, BaseTunerLayer):
         self.corelora_fingerprint[target] = self.corelora_fingerprint[source].clone()
 
 
-def _makes_no_values() -> bool:
-    """New parameters are on the meta device: within torch.device("meta"), or where PEFT's low_cpu_mem_usage is set."""
-    return nn.LayerNorm(1).weight.is_meta  # a module that draws no random numbers
-
-
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type to compute a delta in: float32, or float64 where the layer is."""
     return torch.promote_types(dtype, torch.float32)
-
-
-class CoreLoraLinear(CoreLoraLayer):
-    """A CoreLoraLayer on a linear layer. PEFT's "all-linear" knows adapted linear layers by this word in their name."""
-
-
-def layer_class(base_layer: nn.Module) -> type[CoreLoraLayer]:
-    """The class that wraps a base layer."""
-    return CoreLoraLinear if isinstance(view_of(base_layer), LinearView) else CoreLoraLayer
