@@ -292,3 +292,15 @@ def test_memory_is_of_one_variant_alone():
     assert together["lora"] == pytest.approx(alone["lora"], rel=0.02)
     assert not any(t.is_cuda for v in measured.variants for t in v.own)
     assert Device("cuda").peak_gib() is not None
+
+
+def test_a_folded_variant_leaves_the_shared_weights_alone():
+    """Its start is in them while it is measured; the next variant sees them as they were."""
+    made = bench(names=("nlora", "nlora:folded"))
+    before = {n: p.clone() for n, p in made.base.named_parameters()}
+    folded = next(v for v in made.variants if v.name == "nlora:folded")
+    with folded.folded():
+        assert all(not torch.equal(before[n], p) for n, p in made.base.named_parameters() if "proj" in n)
+    rows = {r["name"]: r for r in made.run(nothing)}
+    assert rows["nlora"]["trained"] == rows["nlora:folded"]["trained"] > 0
+    assert all(torch.equal(before[n], p) for n, p in made.base.named_parameters())

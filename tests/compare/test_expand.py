@@ -110,3 +110,13 @@ def test_a_folder_with_something_else(folder, tmp_path):
     (tmp_path / "study" / "thesis.tex").write_text("mine")
     with pytest.raises(CoreLoraError, match="is not empty and holds no study"):
         opened(tmp_path, folder, [{"name": "a", "axes": {"method": ["lora"]}}])
+
+
+def test_a_name_depends_on_what_is_said_alone(folder, tmp_path):
+    """A default that is written out, or a key that a later version adds at its default, leaves a run its folder."""
+    first, again, folded = (
+        {r.name for r in opened(tmp_path / str(n), folder, [{**RATES, "set": keys}]).first["rates"]}
+        for n, keys in enumerate(({}, {"loop.fold": False, "optim.schedule": "cosine"}, {"loop.fold": True}))
+    )
+    assert first == again
+    assert not folded & first

@@ -64,6 +64,24 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_folded_run_is_the_same_run(folder, tmp_path):
+    """One loss curve with and without `loop.fold`, an ordinary adapter, and what can't be folded is said beforehand."""
+    results = {}
+    for fold in (False, True):
+        recipe = make_recipe(folder, method={"name": "nlora", "r": 4}, loop={"fold": fold})
+        results[fold] = train(recipe, tmp_path / str(fold))
+    assert results[True]["train_loss"] == pytest.approx(results[False]["train_loss"], abs=1e-4)
+    one, other = (load_file(tmp_path / str(fold) / "adapter" / "adapter_model.safetensors") for fold in (False, True))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, atol=2e-3, rtol=0)
+    for method in ({"name": "peft:lora", "r": 4}, {"name": "full"}):
+        with pytest.raises(CoreLoraError, match=r"loop\.fold: only corelora's own methods fold"):
+            train(make_recipe(folder, method=method, loop={"fold": True}), tmp_path / "no")
+    with pytest.raises(CoreLoraError, match="nothing to fold"):
+        train(make_recipe(folder, method={"name": "lora", "r": 4}, loop={"fold": True}), tmp_path / "nothing")
+
+
 def test_a_run_folder_has_everything(folder, tmp_path):
     """Recipe, versions, metrics, curve, adapter and results; the recipe is the run's, defaults filled in."""
     recipe = make_recipe(folder, loop={"save_every": 3})

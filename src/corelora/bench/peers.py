@@ -1,7 +1,8 @@
 """What is measured: the frozen model, other libraries' adapters, and every corelora method on both of its paths.
 
 One table, `PEERS`, from a name to how a plain model is adapted. A corelora method needs no entry: its name, or
-`NAME:reference` for its path in plain modules, is looked up in the registry of methods.
+`NAME:reference` for its path in plain modules, or `NAME:folded` with its start in the base weights, is looked up in the
+registry of methods.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from corelora.registry import METHODS, OUTERS, Registry
 
 BASE = "base"
 PATHS = {"fast": "on", "reference": "off"}
+FORMS = {**PATHS, "folded": "on"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class Peer:
         mode: of the fused path while it runs: "on" or "off" (kernels/fast.py).
         note: what a reader of the figures must know.
         family: "base", "peer" or "corelora".
+        folds: runs with its start in the base weights, only while it is measured: other variants share them.
     """
 
     title: str
@@ -62,6 +65,7 @@ class Peer:
     mode: str = "off"
     note: str = ""
     family: str = "peer"
+    folds: bool = False
 
     def missing(self) -> str | None:
         """Why it can't be measured here; None where it can. The modules are imported: some fail without a GPU."""
@@ -91,14 +95,14 @@ PEERS: Registry = Registry("peer")
 
 
 def find_peer(name: str) -> Peer:
-    """The peer of a name: one of `PEERS`, a method, or `METHOD:reference`.
+    """The peer of a name: one of `PEERS`, a method, `METHOD:reference`, or `METHOD:folded`.
 
     Raises:
         CoreLoraError: no peer and no method is called so.
     """
     method, _, path = name.partition(":")
-    if path and path not in PATHS:
-        raise CoreLoraError(unknown_name("path", path, PATHS))
+    if path and path not in FORMS:
+        raise CoreLoraError(unknown_name("path", path, FORMS))
     if not path and name in PEERS:
         return PEERS[name]
     if method not in METHODS:
@@ -106,10 +110,11 @@ def find_peer(name: str) -> Peer:
     path = path or "fast"
     title = METHODS[method].title
     return Peer(
-        title=title if path == "fast" else f"{title}, plain modules",
+        title=title + {"fast": "", "reference": ", plain modules", "folded": ", folded"}[path],
         adapt=lambda model, ranks: adapt_core(model, method, ranks),
-        mode=PATHS[path],
+        mode=FORMS[path],
         family="corelora",
+        folds=path == "folded",
     )
 
 

@@ -9,7 +9,7 @@ run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,10 +24,11 @@ from corelora.bench.published import TRAINING_SECONDS, published_ratio
 from corelora.bench.shapes import DTYPES, random_model, shape_config, shown_name
 from corelora.errors import CoreLoraError, raise_all, unknown_name
 from corelora.exportcheck import shared_copy
+from corelora.fold import fold, unfold
 from corelora.tuner_layer import CoreLoraLayer
 
 _OTHERS = ("peft_lora", "peft_lora_fp32", "peft_dora", "liger")
-DEFAULT_NAMES = (BASE, *_OTHERS, "inttune", "nora", "lora", "slora", "nlora")
+DEFAULT_NAMES = (BASE, *_OTHERS, "inttune", "nora", "lora", "slora", "nlora", "nlora:folded")
 MODES = {"off": (False,), "on": (True,), "both": (False, True)}
 RATE = 1e-5
 Cell = tuple[str, bool, int]  # name, compiled, batch
@@ -126,6 +127,16 @@ class Variant:
             if isinstance(module, CoreLoraLayer):
                 module.forget_forms()
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """With its start in the base weights, where the peer says so."""
+        if self.peer.folds:
+            fold(self.model)
+        try:
+            yield
+        finally:
+            unfold(self.model)
+
     def step(self, ids: Tensor) -> None:
         """Forward, backward and, where something learns, the optimiser."""
         if self.optimizer is None:
@@ -223,7 +234,7 @@ class StepBench:
             return None
         try:
             variant.move(self.device.kind)
-            with variant.peer.running(self.device.kind, self.dtype):
+            with variant.peer.running(self.device.kind, self.dtype), variant.folded():
                 times, peak = self._steps(variant, self.ids[:batch])
         except torch.OutOfMemoryError:
             self.left_out[label] = "out of memory"

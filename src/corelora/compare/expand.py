@@ -14,7 +14,7 @@ from typing import Any
 from corelora.compare.study import SHORT, Group, Study
 from corelora.errors import CoreLoraError, raise_all
 from corelora.recipe import Recipe, read_tree
-from corelora.recipe.tree import as_data, merged, read_yaml
+from corelora.recipe.tree import as_data, as_given, merged, read_yaml
 
 NOT_THE_RUN = ("about", "output")  # keys that change nothing that is trained
 
@@ -95,7 +95,7 @@ def _wrong_finals(run: Planned, keys: Mapping[str, Any]) -> list[str]:
 
 def identity(recipe: Recipe) -> str:
     """Eight hexadecimal digits for everything of a recipe that a run depends on."""
-    data = {key: value for key, value in as_data(recipe).items() if key not in NOT_THE_RUN}
+    data = {key: value for key, value in as_given(recipe).items() if key not in NOT_THE_RUN}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -131,6 +131,22 @@ def as_data(part: Any) -> Any:
     return dataclasses.asdict(part)
 
 
+def as_given(part: Any) -> Any:
+    """The tree without what is as it would be if nobody had said anything: a key that is new with a later version, at
+    its default, changes nothing here."""
+    if not dataclasses.is_dataclass(part):
+        return part
+    data = {f.name: as_given(getattr(part, f.name)) for f in dataclasses.fields(part)}
+    return {name: value for name, value in data.items() if not _is_default(type(part), name, value)}
+
+
+def _is_default(cls: type, name: str, value: Any) -> bool:
+    given = next(f for f in dataclasses.fields(cls) if f.name == name)
+    if given.default_factory is not dataclasses.MISSING:
+        return value == as_given(given.default_factory())
+    return given.default is not dataclasses.MISSING and value == given.default
+
+
 def _unknown(path: str, key: str, fields: Mapping[str, Any]) -> str:
     guess = nearest(key, fields)
     hint = f" Did you mean {guess!r}?" if guess else ""

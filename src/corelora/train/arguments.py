@@ -12,10 +12,10 @@ from transformers import PretrainedConfig, TrainingArguments
 from corelora.recipe import Recipe
 from corelora.recipe.schema import ModelPart
 from corelora.train.folder import RunFolder
-from corelora.train.methods import is_whole
+from corelora.train.methods import is_corelora, is_whole
 from corelora.train.models import DTYPES
 from corelora.train.optim import optimizer_name
-from corelora.train.processes import placement
+from corelora.train.processes import placement, shares_weights
 
 
 def weight_dtype(part: ModelPart, config: PretrainedConfig) -> torch.dtype:
@@ -40,6 +40,10 @@ def precision_problems(recipe: Recipe, config: PretrainedConfig | None) -> list[
         found.append(f"loop.precision: float32 with weights in {_name(weights)}; set model.dtype to float32 as well.")
     if is_whole(recipe.method) and weights == torch.float16:
         found.append("model.dtype: training weights can't unscale gradients in float16; use float32 or bfloat16.")
+    if recipe.loop.fold and (not is_corelora(recipe.method) or recipe.model.quantize is not None):
+        found.append("loop.fold: only corelora's own methods fold, and on weights that are not quantised.")
+    if recipe.loop.fold and shares_weights():
+        found.append("loop.fold: base weights can't be changed where they are sharded; leave it out.")
     if is_whole(recipe.method) and recipe.model.quantize is not None:
         found.append("model.quantize: quantised weights can't be trained; use a method with an adapter.")
     return found

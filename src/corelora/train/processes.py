@@ -34,6 +34,12 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
+def shares_weights() -> bool:
+    """Whether processes may hold parts of the weights each: FSDP and DeepSpeed, as accelerate's launcher says."""
+    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
+    return any(value.lower() == "true" for value in asked)
+
+
 def placement() -> dict[str, Any]:
     """TrainingArguments' settings of where to compute.
 

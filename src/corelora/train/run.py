@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PrinterCallback, TrainingArguments, s
 from transformers.integrations import TensorBoardCallback
 
 from corelora.errors import CoreLoraError, raise_all
+from corelora.fold import fold
 from corelora.kernels.fast import set_fast
 from corelora.recipe import Recipe
 from corelora.train.arguments import training_arguments
@@ -187,6 +188,8 @@ def adapted(run: Run, model: Any, config: PeftConfig) -> Any:
     if given is not None:
         left = load_start(model, given)
         say(f"starting from {given}" + (f"; a new head: {', '.join(left)} have another size" if left else ""))
+    if run.recipe.loop.fold:
+        say(f"{fold(model)} layers run with the start in their base weights")
     return model
 
 
