@@ -23,7 +23,10 @@ from corelora.commands.output import table
 from corelora.registry import METHODS
 
 HELP = "time and memory of adapters on this machine, side by side"
-NAMES_HELP = "peers and methods, commas between; METHOD:reference is its path in plain modules, all-methods all of both"
+NAMES_HELP = (
+    "peers and methods, commas between; METHOD:reference is its path in plain modules, METHOD:folded has its start in "
+    "the base weights, all-methods is each method on both paths"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
