@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
-PYTEST := $(RUN) -m pytest -p no:cacheprovider --timeout 600
+# Two workers fill two cores: more threads in each would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:cacheprovider --timeout 600
 
 # On a GPU machine the torch that python3 already has is used; elsewhere a CPU build is pinned.
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo yes)

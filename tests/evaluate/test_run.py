@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from corelora.evaluate.subject import find_subject, load_subject
 from corelora.evaluate.suites import load_suite, suite_names
 from corelora.run.generate import Writing
 from corelora.tasks.answers import READERS
+from train.test_kill import Driver
 
 
 def command(*words: object) -> int:
@@ -196,28 +197,30 @@ def test_harness_on_local_rows(llama, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [2, 6, 10])
-def test_killed_at_three_moments(llama, data, tmp_path, lines):
+def test_killed_at_three_moments(llama, data, tmp_path):
     """SIGKILL after the first, third and last batch: the same command goes on, the file is an unbroken run's."""
     words = [llama, "--suite", "gsm8k", "--protocol", "chat", "--data", data, "--batch-size", 2]
     assert command(*words, "--output", tmp_path / "whole") == 0
-    out = tmp_path / "killed"
-    partial = out / "eval" / "gsm8k-chat.gsm8k.partial.jsonl"
-    # A process of its own, not a fork: a fork that is killed may hold a lock that this process then waits for.
-    child = subprocess.Popen([sys.executable, "-m", "corelora", "evaluate", *map(str, [*words, "--output", out])])
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and child.poll() is None:
-        if partial.exists() and partial.read_text().count("\n") > lines:
-            break
-    child.kill()
-    child.wait()
-    ended = (out / "eval" / "gsm8k-chat.json").exists()  # it was quicker than this test
-    assert partial.exists() != ended
-    if partial.exists():  # as a line that was being written when the power went
-        with partial.open("a") as f:
-            f.write('{"id": "gsm8k/1", "outp')
-    assert command(*words, "--output", out) == 0
-    assert without_times(result(out, "gsm8k-chat")) == without_times(result(tmp_path / "whole", "gsm8k-chat"))
+    driver = Driver()  # a process apart starts them: a fork of this one may hold a lock that this one waits for
+    for lines in (2, 6, 10):
+        out = tmp_path / f"killed-{lines}"
+        partial = out / "eval" / "gsm8k-chat.gsm8k.partial.jsonl"
+        pid = driver.start("evaluate", *words, "--output", out, log=tmp_path / "log.txt")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (out / "eval" / "gsm8k-chat.json").exists():
+            if partial.exists() and partial.read_text().count("\n") > lines:
+                break
+        os.kill(pid, signal.SIGKILL)
+        code = driver.wait(pid)
+        ended = (out / "eval" / "gsm8k-chat.json").exists()  # it was quicker than this test
+        assert partial.exists() != ended
+        assert ended or code == -signal.SIGKILL
+        if not ended:  # as a line that was being written when the power went
+            with partial.open("a") as f:
+                f.write('{"id": "gsm8k/1", "outp')
+        assert command(*words, "--output", out) == 0
+        assert without_times(result(out, "gsm8k-chat")) == without_times(result(tmp_path / "whole", "gsm8k-chat"))
+    driver.end()
 
 
 def test_what_is_there_is_not_made_again(tmp_path):

@@ -1,11 +1,14 @@
 """One process of several: python -m accelerate.commands.launch ... ranks_child.py FOLDER LAUNCH NAME ...
 
-Trains FOLDER/NAME.yaml into FOLDER/LAUNCH/NAME for each name, on a CPU, and writes what it saw there to seen.json.
+Trains FOLDER/NAME.yaml into FOLDER/LAUNCH/NAME for each name, on a CPU, and writes what it saw there to seen.json. For
+NAME:again, what a finished run left is broken off at its last checkpoint (a copy goes to NAME-before), and train is
+called once more.
 """
 
 import importlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,6 +55,17 @@ def watch(seen):
     run.run_trainer = run_trainer
 
 
+def break_off(done):
+    """Take a run's results and adapter away and damage its newest checkpoint; every process waits for that."""
+    if PartialState().is_main_process:
+        shutil.copytree(done, done.with_name(f"{done.name}-before"))
+        (done / "results.json").unlink()
+        shutil.rmtree(done / "adapter")
+        newest = max((done / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        (newest / "trainer_state.json").write_text("{")
+    PartialState().wait_for_everyone()
+
+
 def _size(parameter):
     return getattr(parameter, "ds_numel", parameter.numel())
 
@@ -63,7 +77,10 @@ if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         without_shared_memory()
     watch(seen)
-    for name in sys.argv[3:]:
+    for asked in sys.argv[3:]:
+        name, _, again = asked.partition(":")
+        if again:
+            break_off(folder / sys.argv[2] / name)
         recipe = load_recipe(Recipe, folder / f"{name}.yaml")
         run.train(recipe, folder / sys.argv[2] / name)
         if PartialState().is_main_process:

@@ -25,6 +25,7 @@ CONFIGS = Path(corelora.__file__).parents[2] / "recipes" / "accelerate"
 METHODS = ("nlora", "inttune", "nora")
 OTHERS = ("packed", "full", "classifier")  # whatever else reads the weights before the first step
 LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
+RESUMED = ("ddp", "fsdp2", "zero3")  # that also go on after a cut: the ways to hold a model that save it differently
 LOOP = {"steps": 8, "log_every": 1, "save_every": 4, "test_every": 4}
 
 pytestmark = [
@@ -101,7 +102,9 @@ def launched(folder):
         if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("DeepSpeed is not installed")
         if name not in done:
-            launch(folder, name, [f"{run}-2" for run in (*METHODS, *(OTHERS if name == "zero3" else ()))])
+            again = ["nlora-2:again"] if name in RESUMED else []
+            others = OTHERS if name == "zero3" else ()
+            launch(folder, name, [*(f"{run}-2" for run in (*METHODS, *others)), *again])
             done.add(name)
         return folder / name
 
@@ -136,17 +139,20 @@ def test_zero3_follows_wherever_weights_are_read(launched, folder, name):
     assert losses(launched("zero3") / f"{name}-2") == pytest.approx(losses(folder / "one" / f"{name}-1"), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_two_processes_go_on_from_their_checkpoint(launched, folder, name):
-    """Results and adapter taken away and the last checkpoint broken: the launch ends as before, from step 4."""
-    target = launched(name) / "nlora-2"
-    before, weights = losses(target), load_file(target / "adapter" / "adapter_model.safetensors")
-    (target / "results.json").unlink()
-    (target / "checkpoints" / "checkpoint-8" / "trainer_state.json").write_text("{")
-    assert newest_whole(target / "checkpoints", lambda line: None).step == 4
-    launch(folder, name, ["nlora-2"])
-    assert losses(target) == pytest.approx(before, abs=1e-6)
-    for key, value in load_file(target / "adapter" / "adapter_model.safetensors").items():
+    """Results and adapter taken away and the last checkpoint broken: it ends as before, from step 4."""
+    again = launched(name) / "nlora-2"
+    before = again.with_name("nlora-2-before")
+    assert (before / "results.json").stat().st_mtime_ns < (again / "results.json").stat().st_mtime_ns
+    assert newest_whole(before / "checkpoints", lambda line: None).step == 8
+    kept, first = (
+        [r for r in read_metrics(f / "metrics.jsonl") if r["step"] <= LOOP["save_every"]] for f in (again, before)
+    )
+    assert kept == first  # seconds and all: these steps were not taken again
+    assert losses(again) == pytest.approx(losses(before), abs=1e-6)
+    weights = load_file(before / "adapter" / "adapter_model.safetensors")
+    for key, value in load_file(again / "adapter" / "adapter_model.safetensors").items():
         torch.testing.assert_close(value, weights[key], atol=1e-6, rtol=1e-5, msg=key)
 
 
