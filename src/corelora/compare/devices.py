@@ -39,14 +39,14 @@ def expected_memory(works: Sequence[Work], devices: Sequence[Device], jobs: int 
     if devices[0].number is None:
         return [0.0] * len(works)
     share = min(d.free for d in devices) / jobs if jobs else None
-    recipes = {without_rates(work.recipe): work.recipe for work in works}
+    keys = [without_rates(work.recipe) for work in works]
+    recipes = dict(zip(keys, (work.recipe for work in works), strict=True))
     count = min(len(recipes), os.cpu_count() or 1)
     with ProcessPoolExecutor(count, mp_context=process_context()) as pool:
         made = pool.map(estimate, recipes.values())
         bar = tqdm(made, total=len(recipes), desc="memory", unit="setting", delay=2, leave=False)
         known = dict(zip(recipes, bar, strict=True))
-    found = [known[without_rates(work.recipe)] for work in works]
-    return [share if memory is None else memory for memory in found]
+    return [share if known[key] is None else known[key] for key in keys]
 
 
 def estimate(recipe: Recipe) -> float | None:

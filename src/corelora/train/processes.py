@@ -36,8 +36,11 @@ def is_main() -> bool:
 
 def shares_weights() -> bool:
     """Whether processes may hold parts of the weights each: FSDP and DeepSpeed, as accelerate's launcher says."""
-    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
-    return any(value.lower() == "true" for value in asked)
+    return _launched_with("FSDP") or _launched_with("DEEPSPEED")
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
 
 
 def placement() -> dict[str, Any]:
@@ -49,8 +52,7 @@ def placement() -> dict[str, Any]:
     settings: dict[str, Any] = {"ddp_timeout": PATIENCE}
     if torch.accelerator.is_available():
         return settings
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if not deepspeed:
+    if not _launched_with("DEEPSPEED"):
         settings["use_cpu"] = True  # without it, bfloat16 is refused there too
     if "LOCAL_RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
