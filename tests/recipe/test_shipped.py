@@ -81,6 +81,11 @@ ROWS = {
     "m-a-p/CodeFeedback-Filtered-Instruction": {"query": TEXT, "answer": TEXT, "resource": "x", "lang": "python"},
     "WizardLMTeam/WizardLM_evol_instruct_V2_196k": {"idx": "1", "conversations": TURNS},
     "zwhe99/commonsense_170k": {"instruction": TEXT, "input": "", "output": TEXT, "answer": "true"},
+    **{
+        f"{task}_{part}.jsonl": {"instruction": TEXT, "input": "", "output": TEXT, "answer": "true"}
+        for task in ("arc_easy", "boolq", "obqa")
+        for part in ("train", "test")
+    },
     "openai/gsm8k": {"question": TEXT, "answer": TEXT},
     "nyu-mll/glue cola": {"sentence": TEXT, "label": 1, "idx": 0},
     "nyu-mll/glue sst2": {"sentence": TEXT, "label": 1, "idx": 0},

@@ -74,6 +74,14 @@ def test_values_put_over_the_file(tmp_path):
     assert (recipe.data.test.path, recipe.output) == ("x.jsonl", None)
 
 
+def test_on_and_off_are_words_where_they_are_choices(tmp_path):
+    """YAML 1.1 reads them bare as truth values."""
+    path = file(tmp_path, WHOLE + "loop: {fast: off, compile: on}\n")
+    recipe = load_recipe(Recipe, path, ["loop.graphs=off"])
+    assert (recipe.loop.fast, recipe.loop.graphs, recipe.loop.compile) == ("off", "off", True)
+    assert load_recipe(Recipe, path, ["loop.fast=on"]).loop.fast == "on"
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

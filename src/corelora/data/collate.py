@@ -19,13 +19,15 @@ class ReplyCollator:
     own. With a mask it would not look.
     """
 
-    def __init__(self, pad_token_id: int, *, flatten: bool = False) -> None:
+    def __init__(self, pad_token_id: int, *, flatten: bool = False, multiple: int | None = None) -> None:
         """Args:
         pad_token_id: any token will do; it is never looked at.
         flatten: put the whole batch of packed rows into one sequence, without padding. Flash attention needs it: it
             finds borders only in a batch of one.
+        multiple: what lengths are padded to a multiple of.
         """
         self.pad_token_id = pad_token_id
+        self.multiple = multiple or 1
         self.flatten = flatten
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -40,7 +42,8 @@ class ReplyCollator:
         return {name: self._padded(name, lists) for name, lists in columns.items()}
 
     def _padded(self, name: str, lists: list[list[int]]) -> Tensor:
-        width = max(map(len, lists))
+        longest = max(map(len, lists))
+        width = longest + -longest % self.multiple
         return torch.tensor([values + self._padding(name, width - len(values)) for values in lists])
 
     def _padding(self, name: str, count: int) -> list[int]:

@@ -128,6 +128,12 @@ class LoopPart:
     checkpointing: bool = setting("Recompute activations: less memory, about a third more time.", False)
     compile: bool = setting("torch.compile the model.", False)
     fast: str = setting("corelora's fused path: `auto` (on a GPU), on, off.", "auto", choices=("auto", "on", "off"))
+    graphs: str = setting(
+        "Each step as one CUDA graph, for small models, whose steps wait for the host: on, off, or `auto` (where that "
+        "can be done). Takes up to twice the memory of the activations.",
+        "off",
+        choices=("off", "auto", "on"),
+    )
     fold: bool = setting("Run with a subtracted start in the base weights: faster, rounded to their storage.", False)
     seed: int = setting("Seed of starts, order of rows and dropout.", 0)
     log_every: int = setting("Steps between two lines of metrics.jsonl.", 5)

@@ -112,9 +112,9 @@ def read_tree(kind: type[Part], data: Mapping[str, Any], where: str = "") -> tup
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 found.append(f"{path} is missing: {f.metadata.get('help', '')}")
             continue
-        values[name], wrong = _read_value(hints[name], data[name], path)
-        found += wrong
         choices = f.metadata.get("choices")
+        values[name], wrong = _read_value(hints[name], _switch(data[name], choices), path)
+        found += wrong
         if choices and not wrong and values[name] is not None and values[name] not in choices:
             guess = nearest(str(values[name]), choices)
             hint = f" Did you mean {guess!r}?" if guess else ""
@@ -124,6 +124,11 @@ def read_tree(kind: type[Part], data: Mapping[str, Any], where: str = "") -> tup
     built = kind(**values)
     own = getattr(built, "problems", None)
     return built, [f"{where}{p}" for p in own()] if own else []
+
+
+def _switch(value: Any, choices: Sequence[str] | None) -> Any:
+    """YAML reads a bare `on` or `off` as a truth value; where they are choices they are words."""
+    return ("off", "on")[value] if isinstance(value, bool) and choices and {"off", "on"} <= set(choices) else value
 
 
 def as_data(part: Any) -> Any:

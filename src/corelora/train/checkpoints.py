@@ -218,9 +218,13 @@ class ResumableTrainer(Trainer):
         """As Trainer's, the loss kept in `running`."""
         if self.state.global_step >= self.state.max_steps:  # Trainer makes one step before it asks
             raise _NothingLeft
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self.passes(model, inputs, num_items_in_batch)
         self.running.add(loss)
         return loss
+
+    def passes(self, model: nn.Module, inputs: Any, items: Any) -> Tensor:
+        """Forward and backward pass of one batch: Trainer's training step, which nothing of ours is part of."""
+        return super().training_step(model, inputs, items)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the losses of the whole run in place of those since this process began."""

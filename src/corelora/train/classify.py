@@ -18,6 +18,7 @@ from transformers import (
 from corelora.data.check import check_data
 from corelora.data.glue import GLUE, REGRESS, encode_pairs, metrics
 from corelora.recipe import Recipe
+from corelora.train.graphs import row_multiple
 from corelora.train.models import head_names
 from corelora.train.tasks import TASKS, Rows, Task, as_rows
 from corelora.train.trainer import LabelTrainer
@@ -59,7 +60,7 @@ class Classify(Task):
 
     def collator(self, recipe: Recipe, processor: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Pads to the longest row of the batch."""
-        return DataCollatorWithPadding(processor)
+        return DataCollatorWithPadding(processor, pad_to_multiple_of=row_multiple(recipe))
 
     def measure(self, recipe: Recipe) -> Callable[[Any], dict[str, float]]:
         """The mean loss of a row and the task's metrics."""

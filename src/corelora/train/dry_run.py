@@ -26,6 +26,7 @@ from corelora.train import (  # noqa: F401  (they register themselves)
 )
 from corelora.train.arguments import precision_problems, weight_dtype
 from corelora.train.folder import RunFolder
+from corelora.train.graphs import graph_problems
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
 from corelora.train.methods import clipped_ranks, is_whole
 from corelora.train.methods import problems as method_problems
@@ -87,6 +88,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     except CoreLoraError as error:
         found.append(str(error))
     found += precision_problems(recipe, config)
+    found += graph_problems(recipe) if recipe.loop.graphs == "on" else []
     model = None
     if config is not None and sound:
         model, wrong = _on_meta(recipe, config)

@@ -14,6 +14,7 @@ from corelora.data.collate import IGNORED, ReplyCollator
 from corelora.data.packing import border_problem
 from corelora.data.replies import encode_replies
 from corelora.recipe import Recipe
+from corelora.train.graphs import row_multiple
 from corelora.train.tasks import TASKS, Rows, Task, as_rows
 from corelora.train.trainer import ReplyTrainer
 
@@ -38,7 +39,9 @@ class Instruct(Task):
     def collator(self, recipe: Recipe, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads on the right; packed rows for flash attention go as one sequence."""
         flash = (recipe.model.attention or "").startswith("flash")
-        return ReplyCollator(processor.pad_token_id, flatten=recipe.data.packing and flash)
+        return ReplyCollator(
+            processor.pad_token_id, flatten=recipe.data.packing and flash, multiple=row_multiple(recipe)
+        )
 
     def measure(self, recipe: Recipe) -> Callable[[Any], dict[str, float]]:
         """The mean loss of a trained token over all rows, and how many tokens that were."""

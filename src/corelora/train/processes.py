@@ -34,6 +34,11 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
+def launched() -> int:
+    """Processes of this launch; known before they meet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def shares_weights() -> bool:
     """Whether processes may hold parts of the weights each: FSDP and DeepSpeed, as accelerate's launcher says."""
     return _launched_with("FSDP") or _launched_with("DEEPSPEED")

@@ -17,6 +17,7 @@ from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 from corelora.train.checkpoints import ResumableTrainer, newest_checkpoint
 from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output
+from corelora.train.graphs import make_graphs
 from corelora.train.optim import make_optimizer
 
 
@@ -31,6 +32,8 @@ class RunTrainer(ResumableTrainer):
     def __init__(self, recipe: Recipe, **options: Any) -> None:
         super().__init__(**options)
         self.recipe = recipe
+        assert self.model is not None
+        self._graphs = make_graphs(recipe, self.model)
         self._losses: list[Tensor] = []  # of this step so far, with the batches that gave them
         self._batches: list[Mapping[str, Any]] = []
 
@@ -51,6 +54,15 @@ class RunTrainer(ResumableTrainer):
             self._stop_unless_finite(model)
             self._losses, self._batches = [], []
         return loss
+
+    def passes(self, model: nn.Module, inputs: Any, items: Any) -> Tensor:
+        """As ever, or from a graph: then no Python runs."""
+        step = super().passes
+        if self._graphs is None:
+            return step(model, inputs, items)
+        batch = self._prepare_inputs(inputs)
+        share = self.current_gradient_accumulation_steps
+        return self._graphs(lambda batch, items: step(model, batch, items), batch, items, share)
 
     def _stop_unless_finite(self, model: nn.Module) -> None:
         scales = self.accelerator.scaler is not None  # float16: the scaler looks, and leaves such an update out

@@ -1,0 +1,180 @@
+"""A training step as one CUDA graph: recorded once for each shape of batch, then launched as a whole.
+
+A small model's step is thousands of short kernels, and a host that launches them one by one is slower than the GPU that
+runs them. Forward and backward pass are recorded together; the optimizer and what watches the run stay outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from corelora.errors import CoreLoraError
+from corelora.recipe import Recipe
+from corelora.train.memory import is_out_of_memory
+from corelora.train.processes import launched
+
+WIDTH = 64  # rows of tokens are padded to a multiple: few shapes, few graphs
+
+Passes = Callable[[dict[str, Tensor], Tensor | None], Tensor]  # (batch, items) to the loss; leaves gradients
+
+
+class Recorder(Protocol):
+    """How passes are recorded."""
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run once, unrecorded, as recording needs it to have been."""
+
+    def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What runs the function again on the same tensors."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs, which share their memory: only one of them is in use at a time."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """On the stream of the recordings: libraries set themselves up for each stream, which can't be recorded."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            loss = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss
+
+    def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Launches the whole graph."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (TensorBoard's, a study's) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            loss = function()
+
+        def launch() -> Tensor:
+            graph.replay()
+            return loss
+
+        return launch
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The passes for batches of one shape, with the tensors that they read."""
+
+    inputs: dict[str, Tensor]
+    items: Tensor | None
+    run: Callable[[], Tensor]
+
+
+class StepGraphs:
+    """Runs a step's passes; from the second batch of a shape on as one graph.
+
+    Gradients are added to those that are there, as always, but in tensors that stay: graphs know addresses.
+
+    Args:
+        model: its trained parameters get the gradients.
+        recorder: records.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.gradients: list[Tensor] = []
+        self.recorder = recorder
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, Recorded] = {}
+
+    def __call__(self, passes: Passes, batch: Mapping[str, Any], items: Tensor | int | None, also: Hashable) -> Tensor:
+        """The loss of a batch; gradients are in the parameters.
+
+        Args:
+            passes: forward and backward pass, without waiting for the device.
+            batch: tensors on the device.
+            items: what the loss is divided by, if not by the rows.
+            also: what else the passes depend on.
+
+        Raises:
+            CoreLoraError: the passes can't be recorded.
+        """
+        tensors = {name: _tensor(name, value) for name, value in batch.items()}
+        if items is not None:
+            items = torch.as_tensor(items, device=next(iter(tensors.values())).device)
+        key = (also, *((name, value.shape, value.dtype) for name, value in tensors.items()))
+        if key not in self._seen:
+            self._seen.add(key)
+            return self.recorder.run(lambda: passes(tensors, items))
+        self._hold_gradients()
+        if key not in self._recorded:
+            self._recorded[key] = self._record(passes, tensors, items)
+        recorded = self._recorded[key]
+        for name, value in tensors.items():
+            recorded.inputs[name].copy_(value, non_blocking=True)
+        if recorded.items is not None and items is not None:
+            recorded.items.copy_(items, non_blocking=True)
+        return recorded.run().clone()
+
+    def _record(self, passes: Passes, batch: dict[str, Tensor], items: Tensor | None) -> Recorded:
+        inputs = {name: value.clone() for name, value in batch.items()}
+        own_items = None if items is None else items.clone()
+        try:
+            run = self.recorder.record(lambda: passes(inputs, own_items))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise CoreLoraError(
+                f"loop.graphs: a step of this model can't be recorded ({str(error).splitlines()[0]}). "
+                "Leave it out: --set loop.graphs=off"
+            ) from error
+        return Recorded(inputs, own_items, run)
+
+    def _hold_gradients(self) -> None:
+        """Put the tensors that stay in place of the gradients, with what those hold; zeros where there are none."""
+        if not self.gradients:
+            self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        new = [g for p, g in zip(self.parameters, self.gradients, strict=True) if p.grad is None]
+        if new:
+            torch._foreach_zero_(new)
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is not None and parameter.grad is not gradient:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+
+
+def make_graphs(recipe: Recipe, model: nn.Module) -> StepGraphs | None:
+    """Graphs for a run's steps; None where the recipe or the machine is without them."""
+    return StepGraphs(model, CudaRecorder()) if has_graphs(recipe) else None
+
+
+def row_multiple(recipe: Recipe) -> int | None:
+    """What the lengths of batches are a multiple of, up to data.max_length; None where any length will do."""
+    return math.gcd(WIDTH, recipe.data.max_length) if has_graphs(recipe) else None
+
+
+def has_graphs(recipe: Recipe) -> bool:
+    """Whether steps run as graphs, here."""
+    return recipe.loop.graphs != "off" and not graph_problems(recipe)
+
+
+def graph_problems(recipe: Recipe) -> list[str]:
+    """What stands against graphs."""
+    loop = recipe.loop
+    found = {
+        "it needs an NVIDIA GPU": not torch.cuda.is_available(),
+        "it takes one process": launched() > 1,
+        "not with loop.compile": loop.compile,
+        "not with loop.checkpointing, which looks at the random state": loop.checkpointing,
+        "not with loop.precision float16, whose scaler waits for the device": loop.precision == "float16",
+        "not with model.quantize": recipe.model.quantize is not None,
+    }
+    return [f"loop.graphs: {text}; leave it out." for text, stands in found.items() if stands]
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise CoreLoraError(f"loop.graphs: batches of this task hold more than tensors ({name}): --set loop.graphs=off")
+    return value
