@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from corelora import CoreLoraConfig
 from corelora.cli import main
 from corelora.errors import CoreLoraError
-from corelora.evaluate import classify, vllm_backend
+from corelora.evaluate import classify
 from corelora.evaluate.likelihood import choice_texts
 from corelora.evaluate.run import KIND_MODULES
 from corelora.evaluate.scores import average, bootstrap_score, mean_score
 from corelora.evaluate.session import Partial, batches
 from corelora.evaluate.subject import find_subject, load_subject
 from corelora.evaluate.suites import load_suite, suite_names
-from corelora.run.generate import Writing
 from corelora.tasks.answers import READERS
 from train.test_kill import Driver
 
@@ -281,26 +279,3 @@ def test_choices_in_llm_adapters_rows():
     assert choice_texts(row) == ("Q?", ["do a.", "do b."], 1)
     row = {"instruction": "Is it so?\n\nAnswer format: true/false", "answer": "false"}
     assert choice_texts(row) == ("Is it so?", ["true", "false"], 1)
-
-
-def test_vllm_is_asked_for_the_same(monkeypatch):
-    """The arguments that a vLLM engine gets, with a stand-in for the package: it needs a GPU."""
-    seen = {}
-
-    class Engine:
-        def __init__(self, **options):
-            seen["engine"] = options
-
-        def generate(self, prompts, wanted, **options):
-            seen["generate"] = (prompts, wanted, options)
-            return [SimpleNamespace(outputs=[SimpleNamespace(text=" 5 ", finish_reason="stop")]) for _ in prompts]
-
-    fake = SimpleNamespace(LLM=Engine, SamplingParams=lambda **options: options)
-    request = SimpleNamespace(LoRARequest=lambda *parts: parts)
-    monkeypatch.setattr(vllm_backend.importlib, "import_module", lambda name: fake if name == "vllm" else request)
-    writer = vllm_backend.VllmWriter(vllm_backend.vllm_engine("base", "lora", 16), seed=3)
-    replies = writer(["p"], Writing(7, ("stop",), 0.0), ["a"])
-    assert (replies[0].text, replies[0].finished) == ("5", True)
-    assert seen["engine"] == {"model": "base", "dtype": "auto", "enable_lora": True, "max_lora_rank": 16}
-    assert seen["generate"][1] == {"max_tokens": 7, "temperature": 0.0, "stop": ["stop"], "seed": None}
-    assert seen["generate"][2]["lora_request"] == ("adapter", 1, "lora")

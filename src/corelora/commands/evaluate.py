@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="samples at one time (what fits on a GPU, 16 on a CPU)")
     add("--limit", type=int, metavar="N", help="only the first N samples of each task")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="type of the weights")
-    add("--no-merge", action="store_true", help="keep the adapter beside the weights instead of merging it")
+    add("--no-merge", action="store_true", help="keep the adapter beside the weights (vllm always does)")
     add("--backend", default="transformers", choices=("transformers", "vllm"), help="what writes replies")
     add("--against", metavar="RUN", help="another run, for protocols that compare two (mt_bench pairwise)")
     add("--unsafe-code", action="store_true", help="run model-written code even where no sandbox works")

@@ -13,6 +13,7 @@ import torch
 PROMPT = 512  # tokens that a prompt is taken to have; longer ones share what is left of the memory
 SHARE = 0.5  # of the memory beside the weights, for keys and values; the rest is for what a step makes and drops
 MOST, LEAST, ON_CPU, ONE_PASS = 2048, 8, 16, 256
+SCHEDULED = 1024  # with vLLM, which packs them itself: a stopped evaluation makes no more than so many again
 
 
 def cache_bytes(config: Any, item: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from corelora.evaluate.scores import mean_score
 from corelora.evaluate.session import batches
 from corelora.evaluate.suites import Suite
 from corelora.evaluate.vllm_backend import VllmWriter
-from corelora.run.generate import Writing, write_batch
+from corelora.run.generate import Reply, Writing, write_batch
 from corelora.tasks.answers import READERS
 
 PROGRAMS = {"humaneval": humaneval_program, "mbpp": mbpp_program}
 PASS_AT = (1, 10, 100)
+
+# Prompts, how replies are written, the samples' names (each may be asked more than once) -> replies in this order.
+Writer = Callable[[Sequence[str], Writing, Sequence[str]], list[Reply]]
 
 
 def written(job: Job, ids: Sequence[str], prompts: Sequence[str], stops: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -33,9 +36,9 @@ def written(job: Job, ids: Sequence[str], prompts: Sequence[str], stops: Sequenc
         prompts: whole texts before the replies.
         stops: texts that end a reply.
     """
-    protocol, settings = job.protocol, job.settings
+    protocol = job.protocol
     writing = Writing(protocol.max_new_tokens, tuple(stops), protocol.temperature, job.special_tokens)
-    write = VllmWriter(job.model, settings.seed) if settings.backend == "vllm" else _Transformers(job, writing)
+    write = writer_of(job)
     lengths = [len(p) for p in prompts]
     with tqdm(total=len(ids), initial=sum(n in job.partial.outputs for n in ids), desc=job.name, unit="reply") as bar:
         for batch in batches(ids, lengths, job.batch_size, job.partial):
@@ -48,22 +51,17 @@ def written(job: Job, ids: Sequence[str], prompts: Sequence[str], stops: Sequenc
     return {name: job.partial.outputs[name] for name in ids}
 
 
-class _Transformers:
-    """Writes a batch with the loaded model."""
-
-    def __init__(self, job: Job, writing: Writing) -> None:
-        self.job = job
-
-    def __call__(self, prompts: Sequence[str], writing: Writing, ids: Sequence[str]) -> list[Any]:
-        if writing.temperature:
-            seed_by(self.job.settings.seed, ids)
-        return write_batch(self.job.model, self.job.tokenizer, prompts, writing)
+def writer_of(job: Job) -> Writer:
+    """What writes a batch of replies: the loaded model, or vLLM's engine."""
+    if job.settings.backend == "vllm":
+        return VllmWriter(job.model, job.tokenizer, job.settings)
+    return functools.partial(_write, job)
 
 
-def seed_by(seed: int, ids: Sequence[str]) -> None:
-    """Set the random state for a batch: what is drawn for it depends on the batch alone, not on what came before."""
-    name = f"{seed} {' '.join(ids)}"
-    torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
+def _write(job: Job, prompts: Sequence[str], writing: Writing, ids: Sequence[str]) -> list[Reply]:
+    if writing.temperature:  # what is drawn for a batch depends on the batch alone, not on what came before
+        torch.manual_seed(job.settings.seed_of(ids))
+    return write_batch(job.model, job.tokenizer, prompts, writing)
 
 
 def run_generate(job: Job) -> Outcome:

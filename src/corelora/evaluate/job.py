@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,11 @@ class Settings:
     seed: int = 0
     against: str | None = None
 
+    def seed_of(self, names: Sequence[str]) -> int:
+        """The random state for what these samples' replies are drawn with: their own, whatever was drawn before."""
+        name = f"{self.seed} {' '.join(names)}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
 
 @dataclass(kw_only=True)
 class Job:
@@ -45,7 +51,7 @@ class Job:
 
     Attributes:
         name: of the task.
-        model, tokenizer: loaded; for a classifier with its head.
+        model, tokenizer: loaded; for a classifier with its head. With vLLM the model is its engine.
         rows: those to evaluate on; None where the harness reads them itself.
         partial: outputs that are there already, and where new ones go.
     """

@@ -15,13 +15,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from corelora.errors import CoreLoraError
-from corelora.evaluate.generate import seed_by
+from corelora.evaluate.generate import Writer, writer_of
 from corelora.evaluate.job import KINDS, Job, Kind, Outcome, Settings
 from corelora.evaluate.judge import KEY, MODEL, URL, Judge, endpoint_of, read_choice, read_rating
 from corelora.evaluate.scores import mean_score
 from corelora.evaluate.session import batches
 from corelora.evaluate.suites import Suite
-from corelora.run.generate import Writing, write_batch
+from corelora.run.generate import Writing
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # others are greedy
 REFERENCED = ("math", "reasoning", "coding")
@@ -34,6 +34,7 @@ def answers(job: Job) -> dict[str, list[str]]:
     data = job.data
     ids = job.ids(len(data))
     lengths = [len(row["turns"][0]) for row in data]
+    write = writer_of(job)
     with tqdm(
         total=len(ids), initial=sum(n in job.partial.outputs for n in ids), desc="answers", unit="question"
     ) as bar:
@@ -43,13 +44,13 @@ def answers(job: Job) -> dict[str, list[str]]:
             for batch in batches(*parts, job.batch_size, job.partial):
                 rows = [data[mine[n]] for n in batch]
                 new = sum(ids[mine[n]] not in job.partial.outputs for n in batch)
-                made = _two_turns(job, rows, TEMPERATURES.get(category, 0.0))
+                made = _two_turns(job, write, rows, TEMPERATURES.get(category, 0.0))
                 job.partial.add({ids[mine[n]]: replies for n, replies in zip(batch, made, strict=True)})
                 bar.update(new)
     return {name: job.partial.outputs[name] for name in ids}
 
 
-def _two_turns(job: Job, rows: list[dict[str, Any]], temperature: float) -> list[list[str]]:
+def _two_turns(job: Job, write: Writer, rows: list[dict[str, Any]], temperature: float) -> list[list[str]]:
     talks: list[list[dict[str, str]]] = [[] for _ in rows]
     writing = Writing(job.protocol.max_new_tokens, (), temperature)
     for turn in range(2):
@@ -57,8 +58,8 @@ def _two_turns(job: Job, rows: list[dict[str, Any]], temperature: float) -> list
             talk.append({"role": "user", "content": row["turns"][turn]})
         template = job.tokenizer.apply_chat_template
         prompts = [template(talk, add_generation_prompt=True, tokenize=False) for talk in talks]
-        seed_by(job.settings.seed, [str(row["question_id"]) for row in rows] + [str(turn)])
-        for talk, reply in zip(talks, write_batch(job.model, job.tokenizer, prompts, writing), strict=True):
+        names = [f"{row['question_id']} {turn}" for row in rows]
+        for talk, reply in zip(talks, write(prompts, writing, names), strict=True):
             talk.append({"role": "assistant", "content": reply.text})
     return [[talk[1]["content"], talk[3]["content"]] for talk in talks]
 

@@ -107,6 +107,7 @@ def _suite(suite: Mapping[str, Any]) -> str:
     samples = suite["samples"]
     facts = [f"model {suite['model']}", f"adapter {suite['adapter']}" if suite.get("adapter") else "no adapter"]
     facts += [str(suite["dtype"]), str(suite["device"]), f"batch size {suite['settings']['batch_size']}"]
+    facts += [f"written by {suite['backend']}"] if suite.get("backend") else []
     facts += [f"{suite['seconds']:.0f} s", *(suite.get("notes") or [])]
     if suite.get("skipped"):
         facts.append("skipped: " + ", ".join(suite["skipped"]))

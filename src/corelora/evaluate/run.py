@@ -14,12 +14,13 @@ import torch
 from corelora.data.glue import GLUE
 from corelora.data.sources import Rows, read_rows
 from corelora.errors import CoreLoraError, raise_all
-from corelora.evaluate.fitting import samples_at_a_time
+from corelora.evaluate.fitting import SCHEDULED, samples_at_a_time
 from corelora.evaluate.job import KINDS, Job, Outcome, Settings
 from corelora.evaluate.scores import average
 from corelora.evaluate.session import Partial
 from corelora.evaluate.subject import Subject, load_subject, model_facts
 from corelora.evaluate.suites import Protocol, Suite
+from corelora.evaluate.vllm_backend import load_engine, vllm_problems
 from corelora.train.folder import versions, write_json
 
 # Modules that add their kinds of evaluation; a package that one lacks is named where a suite needs the kind.
@@ -41,6 +42,36 @@ class Planned:
     suite: Suite
     name: str  # of the protocol
     protocol: Protocol
+
+
+@dataclass
+class _Models:
+    """What was loaded last, by the number of classes of its head: one model at a time.
+
+    Attributes:
+        subject, settings: what to load, and for which back end.
+        say: takes lines for the user.
+        classes: of what is loaded; `loaded` is model, tokenizer, and what a result says about them.
+    """
+
+    subject: Subject
+    settings: Settings
+    say: Callable[[str], None]
+    classes: int | None = None
+    loaded: tuple[Any, Any, dict[str, Any]] | None = None
+
+    def get(self, classes: int | None) -> tuple[Any, Any, dict[str, Any]]:
+        """(model, tokenizer, facts)."""
+        if self.loaded is None or classes != self.classes:
+            self.loaded = None  # one model at a time
+            self.classes, self.loaded = classes, self._load(classes)
+        return self.loaded
+
+    def _load(self, classes: int | None) -> tuple[Any, Any, dict[str, Any]]:
+        if self.settings.backend == "vllm":
+            return load_engine(self.subject, self.settings.seed, self.say)
+        model, tokenizer = load_subject(self.subject, classes, self.settings.merge)
+        return model, tokenizer, model_facts(self.subject, self.settings.merge, model.dtype, model.device.type)
 
 
 def evaluate(
@@ -66,20 +97,21 @@ def evaluate(
         CoreLoraError: anything wrong with suites, rows, model: all that can be known is said before weights are read.
     """
     planned = [Planned(suite, *suite.protocol(protocol)) for suite in suites]
-    raise_all([p for plan in planned for p in _problems(plan, settings)], "evaluate")
+    problems = vllm_problems(subject) if settings.backend == "vllm" else []
+    raise_all([*problems, *(p for plan in planned for p in _problems(plan, settings))], "evaluate")
     rows = {plan.suite.name: _rows(plan, say) for plan in planned}
     folder = subject.folder / "eval"
     _check_writable(folder)
-    loaded: dict[int | None, Any] = {}
+    models = _Models(subject, settings, say)
     made = []
     for plan in planned:
         say(f"\n{plan.suite.name} version {plan.suite.version}, protocol {plan.name}")
-        made.append(_suite(plan, subject, settings, rows[plan.suite.name], loaded))
+        made.append(_suite(plan, subject, settings, rows[plan.suite.name], models))
         say(f"written: {made[-1]}")
     return made
 
 
-def _suite(plan: Planned, subject: Subject, settings: Settings, rows: dict[str, Rows | None], loaded: dict) -> Path:
+def _suite(plan: Planned, subject: Subject, settings: Settings, rows: dict[str, Rows | None], models: _Models) -> Path:
     """Every task of one suite, and its result file."""
     began = time.perf_counter()
     path = subject.folder / "eval" / f"{plan.suite.name}-{plan.name}.json"
@@ -87,14 +119,9 @@ def _suite(plan: Planned, subject: Subject, settings: Settings, rows: dict[str, 
     outcomes: dict[str, Outcome] = {}
     jobs = []
     for name, found in rows.items():
-        classes = kind.classes(plan.suite.tasks[name])
-        if classes not in loaded:
-            loaded.clear()  # one model at a time
-            loaded[classes] = load_subject(subject, classes, settings.merge and settings.backend == "transformers")
-        model, tokenizer = loaded[classes]
+        model, tokenizer, facts = models.get(kind.classes(plan.suite.tasks[name]))
         if settings.batch_size is None:
-            settings = replace(settings, batch_size=samples_at_a_time(model, kind.writes, plan.protocol.max_new_tokens))
-        facts = model_facts(subject, model, settings.merge)
+            settings = replace(settings, batch_size=_batch_size(plan, settings, model))
         job = Job(
             subject=subject,
             suite=plan.suite,
@@ -113,6 +140,13 @@ def _suite(plan: Planned, subject: Subject, settings: Settings, rows: dict[str, 
     for job in jobs:
         job.partial.end()
     return path
+
+
+def _batch_size(plan: Planned, settings: Settings, model: Any) -> int:
+    """Samples at one time where the user says nothing."""
+    if settings.backend == "vllm":
+        return SCHEDULED
+    return samples_at_a_time(model, KINDS[plan.protocol.kind].writes, plan.protocol.max_new_tokens)
 
 
 def _key(plan: Planned, settings: Settings, facts: dict[str, Any], name: str, rows: Rows | None) -> dict[str, Any]:
@@ -162,6 +196,11 @@ def _problems(plan: Planned, settings: Settings) -> list[str]:
         return [f"{plan.suite.name}: needs the package {error.name}. Install: pip install corelora[evaluate]"]
     if settings.limit is not None and settings.limit < 1:
         return [f"limit must be at least 1, got {settings.limit}"]
+    if settings.backend == "vllm" and not KINDS[kind].writes:
+        return [
+            f"{plan.suite.name}: protocol {plan.name} ({kind}) writes no replies, so --backend vllm can't run it: "
+            "take --backend transformers"
+        ]
     return KINDS[kind].problems(plan.suite, settings)
 
 

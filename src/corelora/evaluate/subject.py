@@ -111,16 +111,22 @@ def load_subject(subject: Subject, classes: int | None = None, merge: bool = Tru
     return model.eval(), tokenizer
 
 
-def model_facts(subject: Subject, model: Any, merged: bool) -> dict[str, Any]:
-    """What a result says about the model."""
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
+def model_facts(subject: Subject, merged: bool, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What a result says about the model.
+
+    Args:
+        subject: what is evaluated.
+        merged: an adapter is in the weights.
+        dtype: of the weights.
+        device: its kind, such as "cuda".
+    """
     return {
         "model": subject.model.name,
         "adapter": None if subject.adapter is None else str(subject.adapter),
         "adapter_fingerprint": subject.fingerprint,
         "merged": merged and subject.adapter is not None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
     }
 
 

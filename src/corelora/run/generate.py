@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 
@@ -107,7 +107,7 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], writing: Wri
         options = {"do_sample": True, "temperature": writing.temperature, "top_p": 1.0, "top_k": 0}
     if writing.stops:
         options |= {"stop_strings": list(writing.stops), "tokenizer": tokenizer}
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model.generation_config, tokenizer)
     made = model.generate(
         **batch,
         max_new_tokens=writing.max_new_tokens,
@@ -116,19 +116,31 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], writing: Wri
         **options,
     )
     rows = made[:, batch["input_ids"].shape[1] :]
-    return [_reply(tokenizer, ids, ends, writing.stops) for ids in rows.cpu()]
+    return [cut_reply(tokenizer, ids, ends, writing.stops) for ids in rows.tolist()]
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a reply: the tokenizer's, and those that the model's own settings name."""
-    own = model.generation_config.eos_token_id
+def end_tokens(generation: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a reply: the tokenizer's, and those that the model's own settings name.
+
+    Args:
+        generation: the model's GenerationConfig.
+        tokenizer: its tokenizer.
+    """
+    own = generation.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({n for n in (*own, tokenizer.eos_token_id) if n is not None})
 
 
-def _reply(tokenizer: Any, ids: Tensor, ends: list[int], stops: Sequence[str]) -> Reply:
-    listed = ids.tolist()
-    first = min((listed.index(e) for e in ends if e in listed), default=None)
-    text = tokenizer.decode(listed[:first], skip_special_tokens=True)
+def cut_reply(tokenizer: Any, ids: Sequence[int], ends: Sequence[int], stops: Sequence[str]) -> Reply:
+    """A reply from the tokens that a model wrote: up to the first end token or stop text, without space around it.
+
+    Args:
+        tokenizer: the model's.
+        ids: new tokens, what comes after an end token included.
+        ends: tokens that end a reply.
+        stops: texts that end a reply.
+    """
+    first = min((ids.index(e) for e in ends if e in ids), default=None)
+    text = tokenizer.decode(ids[:first], skip_special_tokens=True)
     found = [n for n in (text.find(s) for s in stops) if n >= 0]
     return Reply((text[: min(found)] if found else text).strip(), first is not None or bool(found))

@@ -17,7 +17,7 @@ import yaml
 from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
 
-PACKAGES = ("corelora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+PACKAGES = ("corelora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "vllm")
 
 
 @dataclass(frozen=True)
