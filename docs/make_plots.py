@@ -121,7 +121,7 @@ def main() -> int:
     """Draw what there are results for."""
     for source in sorted((ROOT / "results").glob("study-*.json")):
         draw_study(source, ROOT / "img" / f"{source.stem}.png")
-    draw_step(ROOT / "results" / "step-h100.jsonl", ROOT / "img" / "step-h100.png")
+    draw_step(ROOT / "results" / "step-h200.jsonl", ROOT / "img" / "step-h200.png")
     draw_classes(ROOT / "results" / "vision-head-cpu.json", ROOT / "img" / "vision-classes.png")
     batches = sorted((ROOT / "results").glob("batches-*.jsonl"))
     for source in batches:

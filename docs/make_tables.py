@@ -230,6 +230,20 @@ def sdxl() -> str:
     return f"{what}, {results[0]['steps']} steps each in turn; {run['device']}.\n\n" + _table(header, rows)
 
 
+def graphs() -> str:
+    """Runs with and without CUDA graphs, as `benchmarks/graphs.py` printed them."""
+    lines = [json.loads(line) for line in (RESULTS / "graphs-h200.jsonl").read_text().splitlines()]
+    times = {graphs: [r["step_seconds"] for r in lines if r["graphs"] == graphs] for graphs in ("off", "auto")}
+    rows = []
+    for graphs, own in times.items():
+        memory = statistics.median(r["peak_memory"] for r in lines if r["graphs"] == graphs) / 2**30
+        gain = statistics.median(times["off"]) / statistics.median(own)
+        rows.append([f"`loop.graphs: {graphs}`", f"{statistics.median(own):.3f}", f"{gain:.1f}", f"{memory:.1f}"])
+    header = ["", "seconds a step, median", "times as fast", "peak GiB"]
+    what = f"{lines[0]['device']}, torch {lines[0]['torch']}, {len(times['off'])} run of each kind"
+    return f"{what}.\n\n" + _table(header, rows)
+
+
 def gsm8k_time() -> str:
     """How long an evaluation took, and what came out."""
     data = json.loads((RESULTS / "gsm8k-smollm2-base-h100.json").read_text())
@@ -280,7 +294,9 @@ TABLES = {
     "early-runs": early_runs,
     "plan": plan,
     "floors": floors,
-    "step": bench("step", "step-h100.jsonl"),
+    "step": bench("step", "step-h200.jsonl"),
+    "step-h100": bench("step", "step-h100.jsonl"),
+    "graphs": graphs,
     "energy": bench("init", "energy-smollm2.jsonl"),
     "layers-cpu": bench("layers", "layers-cpu.jsonl"),
 }
