@@ -63,6 +63,16 @@ def unfold(model: nn.Module) -> None:
             module.unfold()
 
 
+def settle(model: Any) -> None:
+    """Go on from what was just saved, so that a run that is loaded from the file goes on alike, bit for bit.
+
+    Args:
+        model: any module.
+    """
+    for layer in folded_layers(model):
+        layer.settle()
+
+
 def folded_layers(model: Any) -> list[CoreLoraLayer]:
     """The layers that run folded.
 

@@ -95,6 +95,14 @@ class Foldable:
         self._become(fold.unfolded, factors)
         self._release_if_unmerged()
 
+    @torch.no_grad()
+    def settle(self: Any) -> None:
+        """Round the factors to what a file has of them: an offset is rounded when the start is taken off."""
+        if self.fold is not None and self.fold.original is not None:
+            factors = self.factors(self.fold.name)
+            for slot in self.fold.slots:
+                factors[slot].weight.data.sub_(factors[slot].start).add_(factors[slot].start)
+
     def _become(self: Any, core: CoreAdapter, factors: dict[str, Factor]) -> None:
         self.cores[self.fold.name] = core
         for slot, plan in core.plans.items():

@@ -174,6 +174,7 @@ RUNS = {
     "rmsprop, three rates": {"optim": {"lr": 1e-3, "name": "rmsprop", "rates": {"B": 4, "core": 2}}},
     "full": {"method": {"name": "full"}},
     "packed": {"data": {"packing": True}},
+    "folded": {"loop": {"fold": True}},
     "classifier": {"task": "classify", "data": {"form": "sst2"}, "method": {"name": "nlora", "r": 4}},
 }
 
@@ -185,7 +186,7 @@ def recipe_of(folder, name, **loop):
         parts["data"] = {**parts["data"], "train": rows, "test": None}
         parts["model"] = {"name": str(folder / "bert")}
         parts["method"] = {**parts["method"], "target_modules": ["query", "value"]}
-    return make_recipe(folder, loop={**LOOP, **loop}, **parts)
+    return make_recipe(folder, loop={**LOOP, **parts.pop("loop", {}), **loop}, **parts)
 
 
 @pytest.mark.parametrize("name", RUNS)

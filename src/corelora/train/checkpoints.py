@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
 from corelora.errors import CoreLoraError
+from corelora.fold import settle
 from corelora.train.disk import raise_if_full
 
 MANIFEST = "manifest.json"
@@ -260,6 +261,7 @@ class ResumableTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self._save_running(staging / name)
+            settle(model)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self._finish(staging / name)
