@@ -117,11 +117,38 @@ def draw_classes(source: Path, target: Path) -> None:
     _finish(figure, axes, target)
 
 
+def draw_decomposition(source: Path, target: Path) -> None:
+    """Output error over rank, a panel for each kind of layer: SVD, AwSVD, and the best that any matrix can do."""
+    data = json.loads(source.read_text())
+    kinds = sorted({layer["layer"].rpartition(".")[2] for layer in data["layers"]})
+    ways = {"SVD": (PEER, "-"), "AwSVD, power 0.5": (BAR, "-"), "optimal": (MARK, "--")}
+    figure, panels = plt.subplots(2, 4, figsize=(9.5, 4.6), layout="constrained", sharey=True, sharex=True)
+    for axes, kind in zip(panels.flat, kinds, strict=False):
+        own = [x["errors"] for x in data["layers"] if x["layer"].endswith(kind)]
+        for way, (colour, dash) in ways.items():
+            means = [sum(e[way][n] for e in own) / len(own) for n in range(len(data["ranks"]))]
+            axes.plot(data["ranks"], means, color=colour, linestyle=dash, marker="o", markersize=3, label=way)
+        axes.set_title(kind, fontsize=10, color=INK)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(data["ranks"], data["ranks"])
+        axes.set_ylim(0, 1)
+        axes.spines[["top", "right"]].set_visible(False)
+    last = panels.flat[len(kinds)]
+    last.axis("off")
+    panels[0, -1].tick_params(labelbottom=True)  # nothing is below it
+    last.legend(*panels.flat[0].get_legend_handles_labels(), loc="center left", frameon=False)
+    figure.supxlabel("rank", color=INK, fontsize=10)
+    figure.supylabel("error of a layer's outputs, relative", color=INK, fontsize=10)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
 def main() -> int:
     """Draw what there are results for."""
     for source in sorted((ROOT / "results").glob("study-*.json")):
         draw_study(source, ROOT / "img" / f"{source.stem}.png")
     draw_step(ROOT / "results" / "step-h200.jsonl", ROOT / "img" / "step-h200.png")
+    draw_decomposition(ROOT / "results" / "decomposition-smollm2.json", ROOT / "img" / "decomposition.png")
     draw_classes(ROOT / "results" / "vision-head-cpu.json", ROOT / "img" / "vision-classes.png")
     batches = sorted((ROOT / "results").glob("batches-*.jsonl"))
     for source in batches:

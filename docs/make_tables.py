@@ -274,7 +274,24 @@ def batched() -> str:
     return _table(["type", "same text", "gap of the two highest logits where they part, median"], rows)
 
 
+def decomposition() -> str:
+    """Output errors of rank-r decompositions by kind of layer, as `benchmarks/decomposition.py` wrote them."""
+    data = json.loads((RESULTS / "decomposition-smollm2.json").read_text())
+    kinds = sorted({layer["layer"].rpartition(".")[2] for layer in data["layers"]})
+    rows = []
+    for kind in [*kinds, ""]:
+        own = [x["errors"] for x in data["layers"] if x["layer"].endswith(kind)]
+        row = [kind or f"all {len(own)} layers"]
+        for n in range(len(data["ranks"])):
+            svd, awsvd = (statistics.mean(e[way][n] for e in own) for way in ("SVD", "AwSVD, power 0.5"))
+            less = statistics.mean(1 - e["AwSVD, power 0.5"][n] / e["SVD"][n] for e in own)
+            row.append(f"{svd:.3f} → {awsvd:.3f} (-{100 * less:.0f} %)")
+        rows.append(row)
+    return _table(["SVD → AwSVD", *(f"r = {r}" for r in data["ranks"])], rows)
+
+
 TABLES = {
+    "decomposition": decomposition,
     "clip-b16": clip,
     "sdxl": sdxl,
     "gsm8k-time": gsm8k_time,
