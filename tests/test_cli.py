@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -285,6 +286,15 @@ def test_merge_gives_the_same_logits(base, adapter, tmp_path, capsys):
     ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     merged = AutoModelForCausalLM.from_pretrained(out).eval()
     assert (ours(ids).logits - merged(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_a_run_folder_stands_for_its_adapter(adapter, tmp_path, command, capsys):
+    """What `corelora train` leaves can be given as it is."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(adapter, run / "adapter")
+    assert main([command, str(run), str(tmp_path / "out")]) == 0
 
 
 def test_export_json_and_a_folder_in_the_way(adapter, tmp_path, capsys):

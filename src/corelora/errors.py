@@ -41,3 +41,9 @@ def raise_all(problems: list[str], where: str) -> None:
         raise CoreLoraError(f"{where}: {problems[0]}")
     lines = "\n".join(f"  - {p}" for p in problems)
     raise CoreLoraError(f"{where}: {len(problems)} problems\n{lines}")
+
+
+def sentences(error: CoreLoraError) -> list[str]:
+    """The sentences of an error that gathers several, without its first line."""
+    first, *rest = str(error).splitlines()
+    return [line.removeprefix("  - ") for line in rest] or [first]

@@ -208,3 +208,14 @@ def _labels(config: Any, folder: str) -> int | None:
 def _task(config: Any) -> str | None:
     """A task type is an enum's member or its text."""
     return None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
+
+
+def adapter_folder(given: str) -> str:
+    """The adapter's folder that a user names; of a run's folder the one in it.
+
+    Args:
+        given: a folder, or a hub name, which is left alone.
+    """
+    own = Path(given)
+    inside = own / "adapter"
+    return str(inside) if not (own / CONFIG).is_file() and inside.is_dir() else given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 
 from corelora.diffusion.parts import find_parts
 from corelora.diffusion.pictures import class_pictures, contact_sheet, paint
-from corelora.diffusion.rows import SubjectRows, code, collate, cut, picture_files
+from corelora.diffusion.rows import SubjectRows, code, collate, cut, picture_files, read_all
 from corelora.diffusion.subject import Subject
 from corelora.errors import CoreLoraError
+from corelora.evaluate.page import report
 from corelora.recipe import Recipe, load_recipe
 from corelora.recipe.schema import ModelPart
 from corelora.recipe.subject import SubjectPart
@@ -174,11 +176,50 @@ def test_pictures_that_cannot_be_used(root, tmp_path):
     text = str(caught.value)
     for message in ("0.png is not a picture", "1.png is broken", "form 'subject', not 'gsm8k'", "'full' has none"):
         assert message in text
+    assert text.startswith("recipe: 4 problems")
+    assert "config.json" not in text  # its model is sound
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CoreLoraError, match="no pictures"):
-        check(make_recipe(root, data={"train": {"path": str(tmp_path / "empty")}}), tmp_path / "run")
+    for which in ("train", "test"):
+        with pytest.raises(CoreLoraError, match=rf"data\.{which}\.path: no pictures"):
+            check(make_recipe(root, data={which: {"path": str(tmp_path / "empty")}}), tmp_path / "run")
     with pytest.raises(CoreLoraError, match="subject is missing"):
         check(make_recipe(root, subject=None), tmp_path / "run")
+
+
+def test_every_kind_of_picture_is_taken(tmp_path):
+    """By what its name says, so that one that Pillow can't read is named; captions and hidden files are none."""
+    picture = Image.new("RGB", (8, 8))
+    names = ("a.png", "b.tif", "c.gif", "d.avif", "e.JPG")
+    for name in names:
+        picture.save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a caption")
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves")
+    assert [p.name for p in picture_files(str(tmp_path))] == list(names)
+    (tmp_path / "f.heic").write_bytes(b"?")
+    (tmp_path / "g.png").symlink_to("nowhere.png")
+    with pytest.raises(CoreLoraError) as caught:
+        read_all(picture_files(str(tmp_path)))
+    assert "f.heic is not a picture" in str(caught.value)
+    assert "g.png there is no such file" in str(caught.value)
+
+
+def test_nothing_is_kept_of_a_pipeline_that_changed(root, tmp_path, monkeypatch):
+    """One name, another folder; one folder, other weights."""
+    paths = [p.absolute() for p in picture_files(str(root / "pictures"))[:1]]
+    made = []
+    for place in ("one", "two"):
+        shutil.copytree(root / "sd", tmp_path / place / "sd")
+        monkeypatch.chdir(tmp_path / place)
+        recipe = make_recipe(Path(), "sd")
+        vae = find_parts(recipe.model).load("vae")
+        if place == "two":
+            vae.quant_conv.weight.data.mul_(2)
+            vae.save_pretrained("sd/vae")
+        made.append(code(find_parts(recipe.model), recipe, paths, "sks", 32).mean)
+        vae.quant_conv.weight.data.mul_(3)
+        vae.save_pretrained("sd/vae")
+        made.append(code(find_parts(recipe.model), recipe, paths, "sks", 32).mean)
+    assert not any(torch.equal(a, b) for a, b in combinations(made, 2))
 
 
 def test_a_pipeline_that_is_none(root, tmp_path):
@@ -248,6 +289,7 @@ def test_a_run_leaves_pictures_and_an_adapter(root, tmp_path):
     _, results = run(root, tmp_path, subject=subject)
     assert results["contact_sheet"] == "contact-sheet.png"
     assert Image.open(tmp_path / "contact-sheet.png").size == (4 * 256, 2 * (256 + 34))
+    assert 'src="data:image/png;base64,' in report(tmp_path).read_text()
     assert {p.name for p in (tmp_path / "validation").iterdir()} == {"000003.png", "000006.png"}
     assert json.loads((tmp_path / "adapter" / "pipeline.json").read_text())["is_xl"] is True
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -56,6 +56,19 @@ def test_what_systems_leave_in_folders_is_no_picture(tmp_path):
     check_pictures(choose(part(tmp_path), ImagesPart(), 0))
 
 
+def test_links_to_nothing_are_named(tmp_path):
+    """As data managers leave for files that were not fetched."""
+    save_textures(tmp_path, 2, 1)
+    (tmp_path / "train" / "banded" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(CoreLoraError, match=r"banded/gone\.png is missing"):
+        check_pictures(choose(part(tmp_path), ImagesPart(), 0))
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} of {}", "{} of {place}", "{} {", "{{}}", "{} }"])
+def test_templates_have_one_place_for_the_name(template):
+    assert repr(template) in ImagesPart(templates=["a {}.", template]).problems()[0]
+
+
 def test_tables(pictures):
     """Rows that name a file, relative to the table, and a class."""
     rows = [{"file": f"train/{k}/{n:03}.png", "name": k} for k in TEXTURES for n in (3, 1)]

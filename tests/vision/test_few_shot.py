@@ -47,6 +47,12 @@ def test_it_learns(model, method, pictures, request, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["classes"] == results["classes"]
 
 
+def test_a_prompt_that_is_too_long_is_found_before_the_weights(clip, pictures, tmp_path):
+    recipe = make_recipe(clip, pictures, images={"templates": [80 * "a" + " {}"]})
+    with pytest.raises(CoreLoraError, match=r"has \d+ tokens, the text tower reads 48"):
+        plan(recipe, tmp_path)
+
+
 def test_both_towers_learn_and_the_scale_does_not(clip, pictures, tmp_path):
     """Each q, k, v of both towers has an adapter that moved."""
     train(make_recipe(clip, pictures), tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from corelora.commands.output import print_json
 from corelora.errors import CoreLoraError
 from corelora.export import export_lora
+from corelora.folders import adapter_folder
 from corelora.servers import SERVERS
 
 HELP = "write an adapter as a plain LoRA with equal outputs"
@@ -19,7 +20,7 @@ PIPELINE = "pipeline.json"  # a file of theirs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     add = parser.add_argument
-    add("adapter", metavar="ADAPTER", help="the adapter's folder")
+    add("adapter", metavar="ADAPTER", help="the adapter's folder, or a run's")
     add("out", metavar="OUT", help="the folder to make")
     add("--for", dest="for_", default="all", choices=[*SERVERS, *IMAGES], help="who will load it (%(default)s)")
     add("--rank", type=int, help="cut to this rank; the report has the error that it costs")
@@ -35,9 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CoreLoraError: see `export_lora` and `export_subject`.
     """
+    arguments.adapter = adapter_folder(arguments.adapter)
     if arguments.for_ in IMAGES:
         return _for_images(arguments)
-    if any((Path(arguments.adapter) / place / PIPELINE).is_file() for place in ("", "adapter")):
+    if (Path(arguments.adapter) / PIPELINE).is_file():
         raise CoreLoraError(f"{arguments.adapter} is of a diffusion model: add --for {' or --for '.join(IMAGES)}")
     report = export_lora(
         arguments.adapter,
@@ -61,11 +63,9 @@ def _for_images(arguments: argparse.Namespace) -> int:
         from corelora.diffusion.export import Wanted, export_subject
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"this export needs {error.name}. Install: pip install corelora[train,diffusion]") from None
-    adapter = Path(arguments.adapter)
-    adapter = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter  # a run folder
     check = not arguments.no_check
     wanted = Wanted(layout=arguments.for_, rank=arguments.rank, base=arguments.base, check=check)
-    report = export_subject(adapter, Path(arguments.out), wanted, arguments.overwrite)
+    report = export_subject(Path(arguments.adapter), Path(arguments.out), wanted, arguments.overwrite)
     if arguments.json:
         print_json({**asdict(report), "path": str(report.path)})
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from corelora.commands.output import megabytes, print_json
+from corelora.folders import adapter_folder
 from corelora.merged import export_merged
 
 HELP = "write the base model with an adapter merged into it"
@@ -13,7 +14,7 @@ HELP = "write the base model with an adapter merged into it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     add = parser.add_argument
-    add("adapter", metavar="ADAPTER", help="the adapter's folder")
+    add("adapter", metavar="ADAPTER", help="the adapter's folder, or a run's")
     add("out", metavar="OUT", help="the folder to make")
     add("--base", metavar="MODEL", help="base model, in place of the one that the adapter names")
     add("--no-check", action="store_true", help="don't load the merged model back and compare")
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Merge and print what was written."""
     path = export_merged(
-        arguments.adapter,
+        adapter_folder(arguments.adapter),
         arguments.out,
         base_model=arguments.base,
         check=not arguments.no_check,

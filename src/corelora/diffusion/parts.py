@@ -58,6 +58,15 @@ class Parts:
         """What each part's loader is told."""
         return {"revision": self.revision} if self.revision else {}
 
+    @property
+    def identity(self) -> list[Any]:
+        """What stands for the pipeline in the names of what is kept: of a folder, where it is and its files' state."""
+        root = Path(self.source)
+        if not root.is_dir():
+            return [self.source, self.revision]
+        states = [(str(p.relative_to(root)), p.stat()) for p in sorted(root.glob("*/*")) if p.is_file()]
+        return [str(root.resolve()), [[name, s.st_size, s.st_mtime_ns] for name, s in states]]
+
     def load(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """A part with its weights, on the CPU; tokenizers and the scheduler as they are.
 

@@ -31,7 +31,7 @@ def class_pictures(parts: Parts, prompt: str, count: int, size: int, steps: int 
         size: side in pixels.
         steps: of inference.
     """
-    folder = cache_root() / "class-pictures" / key_of(parts.source, parts.revision, prompt, size, steps)
+    folder = cache_root() / "class-pictures" / key_of(parts.identity, prompt, size, steps)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{n:05}.png" for n in range(count)]
     with PartialState().local_main_process_first():  # one process of a machine makes them, for all

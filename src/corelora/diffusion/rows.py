@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,6 @@ from corelora.diffusion.parts import Parts, embed, tokens
 from corelora.errors import CoreLoraError, raise_all
 from corelora.recipe import Recipe
 from corelora.vision.pictures import read_picture
-
-KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +102,12 @@ def collate(rows: Sequence[Mapping[str, Any]], prior_weight: float) -> dict[str,
     return {**batch, "weights": torch.tensor(weights)}
 
 
-def picture_files(source: str) -> list[Path]:
+def picture_files(source: str, which: str = "train") -> list[Path]:
     """Pictures in a folder, in the order of their names; or one file.
+
+    Args:
+        source: the folder or file.
+        which: "train" or "test", for messages.
 
     Raises:
         CoreLoraError: there is none.
@@ -112,10 +115,16 @@ def picture_files(source: str) -> list[Path]:
     root = Path(source)
     if root.is_file():
         return [root]
-    found = sorted(p for p in root.iterdir() if p.suffix.lower() in KINDS) if root.is_dir() else []
+    found = sorted(p for p in root.iterdir() if _is_candidate(p)) if root.is_dir() else []
     if not found:
-        raise CoreLoraError(f"data.train.path: no pictures ({', '.join(KINDS)}) in {source}")
+        raise CoreLoraError(f"data.{which}.path: no pictures in {source}")
     return found
+
+
+def _is_candidate(path: Path) -> bool:
+    """Whether a file's name says that it is a picture, of whatever kind; one that Pillow can't read is then named."""
+    kind, _ = mimetypes.guess_type(path.name)
+    return (kind or "").startswith("image/") and not path.name.startswith(".") and not path.is_dir()
 
 
 def read_all(paths: Sequence[Path]) -> list[Image.Image]:
@@ -150,7 +159,7 @@ def code(parts: Parts, recipe: Recipe, paths: Sequence[Path], prompt: str, size:
     assert recipe.subject is not None
     trains_text = recipe.subject.text_encoder
     files = [digest_of(p) for p in paths]
-    key = key_of("subject", parts.source, parts.revision, files, prompt, size, trains_text)
+    key = key_of("subject", parts.identity, files, prompt, size, trains_text)
 
     def make(folder: Path) -> None:
         coded = {**_latents(parts, read_all(paths), size), **_text(parts, prompt, trains_text)}

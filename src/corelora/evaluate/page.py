@@ -5,6 +5,7 @@ Folding is the browser's own (`details`), colours follow its light or dark mode,
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ def _page(folder: Path, suites: Sequence[dict[str, Any]], metrics: Sequence[dict
     if results.is_file():
         figures = _read(results)
         parts += [_training(figures), _classes(figures.get("classes") or {})]
+        parts += [_sheet(folder / figures["contact_sheet"])] if figures.get("contact_sheet") else []
     parts += ["<h2>Training</h2>", _curve(metrics)] if metrics else []
     parts += ["<h2>Scores</h2>", _scores(suites)] if suites else []
     parts += [_suite(suite) for suite in suites]
@@ -90,6 +92,14 @@ def _classes(classes: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in cells) + "</tr>")
     head = "<tr><th>class</th><th>test pictures</th><th>percent right</th><th>most often taken for</th></tr>"
     return f'<h2>Classes</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _sheet(file: Path) -> str:
+    """A contact sheet inside the page."""
+    if not file.is_file():
+        return ""
+    data = base64.b64encode(file.read_bytes()).decode("ascii")
+    return f'<h2>Pictures</h2><div class="wide"><img alt="contact sheet" src="data:image/png;base64,{data}"></div>'
 
 
 def _scores(suites: Sequence[dict[str, Any]]) -> str:

@@ -30,5 +30,7 @@ class ImagesPart:
         """Numbers out of range, templates without a place for the name."""
         found = [f"shots must be at least 1, got {self.shots}"] if self.shots is not None and self.shots < 1 else []
         return found + [
-            f"templates: {t!r} has no {{}} for the class name" for t in self.templates or () if "{}" not in t
+            f"templates: {t!r} must have one {{}}, for the class name, and no other brace"
+            for t in self.templates or ()
+            if t.count("{}") != 1 or set("{}") & set(t.replace("{}", ""))
         ]

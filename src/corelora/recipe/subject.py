@@ -23,7 +23,9 @@ class SubjectPart:
     min_snr: float | None = setting("Gamma of the min-SNR weighting of the loss (5 in its paper).", None)
     text_encoder: bool = setting("Adapters on the text encoders, too.", False)
     inference_steps: int = setting("Steps of a picture that is made.", 50)
-    validation_prompts: list[str] = setting("Prompts of pictures made as training goes.", list)
+    validation_prompts: list[str] = setting(
+        "Prompts of pictures made as training goes and at its end (`prompt` then).", list
+    )
     validate_every: int | None = setting("Steps between them; only at the end if not given.", None)
 
     def problems(self) -> list[str]:

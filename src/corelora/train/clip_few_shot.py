@@ -19,10 +19,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForZeroShotImageClassification
 
-from corelora.errors import CoreLoraError, raise_all
+from corelora.errors import CoreLoraError, raise_all, sentences
 from corelora.recipe import Recipe
 from corelora.train.folder import RunFolder
-from corelora.train.models import load_model
+from corelora.train.models import load_model, load_tokenizer
 from corelora.train.pictures import PictureTask, PictureTrainer, chosen_of, images_of
 from corelora.train.tasks import TASKS
 from corelora.vision.choose import Chosen
@@ -43,6 +43,20 @@ class ClipFewShot(PictureTask):
     def texts(self, recipe: Recipe, chosen: Chosen) -> list[str]:
         """Every template with every name, a class at a time."""
         return [template.format(name) for name in chosen.names for template in chosen.templates]
+
+    def problems(self, recipe: Recipe) -> list[str]:
+        """As for all tasks of pictures; and prompts that are longer than the text tower reads."""
+        found = super().problems(recipe)
+        if found:
+            return found
+        try:
+            config = self.load_config(recipe)
+            if hasattr(config, "text_config"):  # else the model itself is refused
+                texts = self.texts(recipe, chosen_of(recipe))
+                found = [f"images.templates: {p}" for p in long_texts(texts, load_tokenizer(recipe.model), config)]
+        except CoreLoraError as error:
+            return sentences(error)
+        return found
 
     def beside(self, recipe: Recipe, processor: Processor) -> Mapping[str, Tensor]:
         """Tokens of the prompts, [n t, length].
@@ -94,15 +108,21 @@ def prompt_tokens(texts: list[str], tokenizer: Any, config: Any) -> dict[str, Te
     Raises:
         CoreLoraError: each prompt that is longer than the tower reads.
     """
+    raise_all(long_texts(texts, tokenizer, config), "images.templates")
     limit = config.text_config.max_position_embeddings
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    long = [(text, length) for text, length in zip(texts, lengths, strict=True) if length > limit]
-    raise_all([f"{text!r} has {n} tokens, the text tower reads {limit}" for text, n in long], "images.templates")
     if config.model_type in READS_LAST:
         made = tokenizer(texts, padding="max_length", max_length=limit, return_tensors="pt")
         return {"input_ids": made["input_ids"]}
     made = tokenizer(texts, padding=True, return_tensors="pt")
     return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
+
+
+def long_texts(texts: list[str], tokenizer: Any, config: Any) -> list[str]:
+    """Each prompt that is longer than the text tower reads, as `prompt_tokens` takes them."""
+    limit = config.text_config.max_position_embeddings
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    long = [(text, length) for text, length in zip(texts, lengths, strict=True) if length > limit]
+    return [f"{text!r} has {n} tokens, the text tower reads {limit}" for text, n in long]
 
 
 @torch.no_grad()

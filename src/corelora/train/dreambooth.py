@@ -17,7 +17,7 @@ from corelora.diffusion.parts import ENCODERS, Parts, find_parts, long_prompts
 from corelora.diffusion.pictures import class_pictures, contact_sheet, paint
 from corelora.diffusion.rows import SubjectRows, code, collate, picture_files, read_all
 from corelora.diffusion.subject import Subject
-from corelora.errors import CoreLoraError, raise_all
+from corelora.errors import CoreLoraError, raise_all, sentences
 from corelora.recipe import Recipe
 from corelora.recipe.subject import SubjectPart
 from corelora.train.folder import RunFolder
@@ -67,6 +67,10 @@ class DreamBooth(Task):
         raise_all(_unfit(recipe, parts), "subject")
         return parts
 
+    def plain_config(self, recipe: Recipe) -> Parts:
+        """The pipeline's parts, whatever the subject."""
+        return find_parts(recipe.model)
+
     def load_processor(self, recipe: Recipe) -> Parts:
         """The pipeline's parts: they code pictures and prompts."""
         return find_parts(recipe.model)
@@ -102,18 +106,19 @@ class DreamBooth(Task):
             found.append(f"method.name: dreambooth trains adapters; {recipe.method['name']!r} has none")
         if recipe.model.quantize is not None:
             found.append("model.quantize: diffusion models are trained in float32, bfloat16 or float16 here")
-        for source in (recipe.data.train, recipe.data.test):
+        for which in ("train", "test"):
+            source = getattr(recipe.data, which)
             try:
-                read_all(picture_files(source.path) if source else [])
+                read_all(picture_files(source.path, which) if source else [])
             except CoreLoraError as error:
-                found += [line.removeprefix("  - ") for line in str(error).splitlines()]
+                found += sentences(error)
         return found
 
     def encode(self, recipe: Recipe, which: str, processor: Parts) -> Rows:
         """Latents and texts, coded once; the class's pictures are made first where they are missing."""
         part, source = subject_of(recipe), getattr(recipe.data, which)
         size = side(recipe, processor)
-        paths = picture_files(source.path)
+        paths = picture_files(source.path, which)
         own = code(processor, recipe, paths, part.prompt, size)
         steps = processor.load("scheduler").config.num_train_timesteps
         summary = f"{len(paths)} pictures of {part.prompt!r} at {size} x {size}"
@@ -162,13 +167,13 @@ class DreamBooth(Task):
     def finish(self, recipe: Recipe, trainer: Any, folder: RunFolder, processor: Parts) -> dict[str, Any]:
         """Validation pictures, and a contact sheet of them under the training pictures."""
         part = subject_of(recipe)
-        if not part.validation_prompts or not trainer.is_world_process_zero():
+        if not trainer.is_world_process_zero():
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
         rows = [(f"trained on: {part.prompt}", read_all(picture_files(recipe.data.train.path))[:SHOWN])]
         rows += validation_pictures(recipe, model, processor)
         contact_sheet(rows, folder.root / "contact-sheet.png")
-        say(f"pictures of the validation prompts: {folder.root / 'contact-sheet.png'}")
+        say(f"pictures: {folder.root / 'contact-sheet.png'}")
         return {"contact_sheet": "contact-sheet.png"}
 
 
@@ -213,7 +218,8 @@ def validation_pictures(recipe: Recipe, model: Any, parts: Parts) -> list[tuple[
     given = {"unet": subject.unet, **{name: subject.get_submodule(name) for name in subject.encoder_names}}
     pipeline = parts.pipeline(**given).to(subject.alphas.device)
     seeds, size = list(range(SHOWN)), side(recipe, parts)
-    made = [(p, paint(pipeline, [p] * SHOWN, seeds, size, part.inference_steps)) for p in part.validation_prompts]
+    prompts = part.validation_prompts or [part.prompt]
+    made = [(p, paint(pipeline, [p] * SHOWN, seeds, size, part.inference_steps)) for p in prompts]
     subject.train(training)
     return made
 

@@ -84,7 +84,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     config = None
     try:
         known = recipe.task in TASKS and not data
-        config = TASKS[recipe.task].load_config(recipe) if known else load_model_config(recipe.model)
+        config = _config(recipe) if not known else TASKS[recipe.task].load_config(recipe)
     except CoreLoraError as error:
         found.append(str(error))
     found += precision_problems(recipe, config)
@@ -147,6 +147,11 @@ def _memory_lines(recipe: Recipe, config: PretrainedConfig) -> list[str]:
         f"{line}: it won't fit. What would, largest effect first:",
         *(advice or ["          nothing: a smaller model"]),
     ]
+
+
+def _config(recipe: Recipe) -> PretrainedConfig:
+    """The model's config where the data, or the task, is not known."""
+    return TASKS[recipe.task].plain_config(recipe) if recipe.task in TASKS else load_model_config(recipe.model)
 
 
 def _on_meta(recipe: Recipe, config: PretrainedConfig) -> tuple[nn.Module | None, list[str]]:

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback
 
-from corelora.errors import CoreLoraError
+from corelora.errors import CoreLoraError, sentences
 from corelora.recipe import Recipe
 from corelora.recipe.images import ImagesPart
 from corelora.train.arguments import weight_dtype
@@ -59,7 +59,7 @@ class PictureTask(Task):
         try:
             check_pictures(chosen_of(recipe))
         except CoreLoraError as error:
-            return _lines(error)
+            return sentences(error)
         return []
 
     def encode(self, recipe: Recipe, which: str, processor: Any) -> Rows:
@@ -179,9 +179,3 @@ class _TellEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A whole number also where a run goes on within an epoch."""
         self.collator.epoch = int((state.epoch or 0) + 1e-6)
-
-
-def _lines(error: CoreLoraError) -> list[str]:
-    """The sentences of an error that gathers several."""
-    first, *rest = str(error).splitlines()
-    return [line.removeprefix("  - ") for line in rest] or [first]

@@ -79,6 +79,14 @@ class Task(ABC):
         """
         return load_model_config(recipe.model, **self.config_settings(recipe))
 
+    def plain_config(self, recipe: Recipe) -> Any:
+        """The same without what the data decides, where the data can't be used.
+
+        Raises:
+            CoreLoraError: there is no such model.
+        """
+        return load_model_config(recipe.model)
+
     def load_processor(self, recipe: Recipe) -> Any:
         """What turns rows into tensors, saved with the weights: a tokenizer, or a processor of images.
 

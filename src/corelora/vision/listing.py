@@ -137,8 +137,8 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _is_candidate(path: Path) -> bool:
-    """Whether a file in a class's folder is meant to be a picture; one that is none is then named."""
-    return path.is_file() and not path.name.startswith(".") and path.name.lower() not in NOT_PICTURES
+    """Whether a file in a class's folder is meant to be a picture; one that is none, or a link to none, is named."""
+    return not path.is_dir() and not path.name.startswith(".") and path.name.lower() not in NOT_PICTURES
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
