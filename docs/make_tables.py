@@ -283,6 +283,7 @@ TABLES = {
     "step": bench("step", "step-h100.jsonl"),
     "energy": bench("init", "energy-smollm2.jsonl"),
     "layers-cpu": bench("layers", "layers-cpu.jsonl"),
+    "step-cpu": bench("step", "step-cpu.jsonl"),
 }
 
 

@@ -127,7 +127,9 @@ class LoopPart:
     precision: str = setting("Type of the arithmetic; `auto`: that of the weights.", "auto", choices=PRECISIONS)
     checkpointing: bool = setting("Recompute activations: less memory, about a third more time.", False)
     compile: bool = setting("torch.compile the model.", False)
-    fast: str = setting("corelora's fused path: `auto` (on a GPU), on, off.", "auto", choices=("auto", "on", "off"))
+    fast: str = setting(
+        "corelora's fused path: `auto` (where it pays), on, off.", "auto", choices=("auto", "on", "off")
+    )
     fold: bool = setting("Run with a subtracted start in the base weights: faster, rounded to their storage.", False)
     seed: int = setting("Seed of starts, order of rows and dropout.", 0)
     log_every: int = setting("Steps between two lines of metrics.jsonl.", 5)
