@@ -316,6 +316,7 @@ TABLES = {
     "graphs": graphs,
     "energy": bench("init", "energy-smollm2.jsonl"),
     "layers-cpu": bench("layers", "layers-cpu.jsonl"),
+    "step-cpu": bench("step", "step-cpu.jsonl"),
 }
 
 

@@ -28,6 +28,7 @@ from corelora import CoreLoraConfig
 from corelora.adapter import CoreAdapter
 from corelora.errors import CoreLoraError
 from corelora.kernels.fast import set_fast
+from corelora.kernels.form import set_device
 from corelora.layers import view_of
 from corelora.plan import (
     PlanRequest,
@@ -285,16 +286,17 @@ def measured_peak(config, method, step):
 def simulated(config, method, step):
     with torch.device("meta"):
         model = adapted(config, method)
-    return StepSimulator(model, step.device).measure(step)
+    return StepSimulator(model, step.device, step.fast).measure(step)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
-def test_memory_estimate_against_a_real_step(method, size, checkpointing):
+@pytest.mark.parametrize("fast", ["auto", "off"])
+def test_memory_estimate_against_a_real_step(method, size, checkpointing, fast):
     """3 %. Under checkpointing 15 %: when Python frees what a recomputation dropped is not quite the same."""
-    step = Step(batch=4, length=128, device="cpu", checkpointing=checkpointing)
-    with_fast = set_fast("off")
+    step = Step(batch=4, length=128, device="cpu", checkpointing=checkpointing, fast=fast)
+    with_fast = set_fast(fast)
     try:
         measured = measured_peak(SIZES[size], method, step)
     finally:
@@ -309,10 +311,12 @@ def test_memory_estimate_of_the_fused_path(method):
     """The path that a GPU takes, run on the CPU: it saves other tensors, and the estimate follows."""
     step = Step(batch=4, length=128, device="cuda")
     before = set_fast("on")
+    set_device("cuda")
     try:
         measured = measured_peak(SIZES["deep"], method, step)
     finally:
         set_fast(before)
+        set_device(None)
     assert simulated(SIZES["deep"], method, step).peak == pytest.approx(measured, rel=0.03)
     assert set_fast(before) == before  # the simulation put the mode back
 

@@ -179,7 +179,7 @@ def _sizes(model: PeftModel, request: PlanRequest, config: PretrainedConfig, met
 
 def _memory(model: PeftModel, request: PlanRequest) -> dict[str, Any]:
     step = request.step
-    simulator = StepSimulator(model, step.device)
+    simulator = StepSimulator(model, step.device, step.fast)
     other = Step(**{**asdict(step), "batch": max(1, step.batch // 2) if step.batch > 1 else 2})
     here, there = simulator.measure(step), simulator.measure(other)
     room = int(request.gpu * GIB) - RESERVE

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from corelora.errors import CoreLoraError, unknown_name
 from corelora.factor import Factor
 from corelora.kernels.fast import set_fast
+from corelora.kernels.form import set_device
 from corelora.tuner_layer import CoreLoraLayer
 
 GIB = 2**30
@@ -89,7 +90,8 @@ class Step:
         length: tokens in a sequence; cut to what the model has positions for.
         optimizer: a name in `OPTIMIZERS`.
         checkpointing: gradient checkpointing.
-        device: "cuda" takes the fused path of plain linear layers, "cpu" the reference path, as training there does.
+        device: "cuda" or "cpu": whose path through plain linear layers is counted.
+        fast: as `set_fast` takes it; "auto" counts as "on" for a GPU.
     """
 
     batch: int = 4
@@ -97,6 +99,7 @@ class Step:
     optimizer: str = "adamw"
     checkpointing: bool = False
     device: str = "cuda"
+    fast: str = "auto"
 
     def problems(self) -> list[str]:
         """Every mistake, one sentence each."""
@@ -161,10 +164,11 @@ class StepSimulator:
     Args:
         model: a model with adapters (or without) on the meta device; its tensors are replaced by fake ones.
         device: see `Step.device`.
+        fast: see `Step.fast`.
     """
 
-    def __init__(self, model: nn.Module, device: str = "cuda") -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: nn.Module, device: str = "cuda", fast: str = "auto") -> None:
+        self.model, self.device, self.fast = model, device, fast
         self._mode = FakeTensorMode()
         with self._mode:
             _make_fake(model)
@@ -186,11 +190,12 @@ class StepSimulator:
 
     @contextmanager
     def _path(self) -> Iterator[None]:
-        before = set_fast("on" if self.device == "cuda" else "off")
+        before = set_fast("on" if self.device == "cuda" and self.fast == "auto" else self.fast), set_device(self.device)
         try:
             yield
         finally:
-            set_fast(before)
+            set_fast(before[0])
+            set_device(before[1])
 
     def _run(self, step: Step) -> StepMemory:
         model = self.model.train()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from corelora.adapter import CoreAdapter, Factors
 from corelora.errors import CoreLoraError
 from corelora.folding import Foldable, before_load, fold_again, unfolded_state
-from corelora.kernels.fast import fits, fused_forward, suits, wanted
+from corelora.kernels.fast import fits, fused_forward, pays, suits, wanted
 from corelora.kernels.form import FormMaker
 from corelora.layers import view_of
 from corelora.loading import after_load, check_fingerprint, filled_by_file
@@ -332,16 +332,18 @@ class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters or base is None or not fits(base, x):
             return None
         active = self._mine()
-        if len(active) != 1 or active[0] in self.unchecked:
+        if len(active) != 1:
             return None
         name = active[0]
+        if name in self.unchecked:  # now, not on the reference path: the first pass is to be as the second
+            self.complete(name)
         maker, scale = self._makers.get(name), self.scaling[name]
         if maker is None or maker.scale != scale:
             core = self.cores[name]
             if not suits(self.view, base, core):
                 return None
             maker = self._makers[name] = FormMaker(core, self.factors(name), scale)
-        return None if self.training and maker.drops else maker
+        return None if (self.training and maker.drops) or not pays(x, maker) else maker
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Moves and casts make new tensors: what the fused path keeps is made from old ones; a fold is made anew."""

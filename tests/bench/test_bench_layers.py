@@ -61,7 +61,8 @@ def test_both_paths_are_taken(monkeypatch):
     monkeypatch.setattr(corelora.tuner_layer, "fused_forward", counted("fused", fused))
     monkeypatch.setattr(layer, "adapter_output", counted("plain", plain))
     bench(names=("slora",)).run(nothing)
-    assert calls == {"fused": 18, "plain": 18}  # 3 shapes, 2 passes, 3 turns
+    # 3 shapes, 2 passes, 3 turns, an untimed pass and 32 // 3 timed; auto takes the fused one where nothing learns
+    assert calls == {"fused": 11 * (18 + 9), "plain": 11 * (18 + 9)}
 
 
 def test_the_backward_pass_is_whole(monkeypatch):
@@ -75,19 +76,22 @@ def test_the_backward_pass_is_whole(monkeypatch):
     measured._measure(model, ("slora", "float32", 3, PASSES[1]))
     assert not seen
     measured._measure(model, ("slora", "float32", 3, PASSES[0]))
-    assert len(seen) == 3 * 2 * 3  # factors, paths, turns
+    assert len(seen) == 3 * 3 * 3 * 11  # factors, paths, turns, passes of a turn
 
 
 def test_means_are_geometric():
     """Twice as fast on one shape and half as fast on another is no difference."""
     measured = bench(names=("lora",))
     times = {(4, 4): {"fast": [1.0], "reference": [2.0]}, (8, 4): {"fast": [6.0], "reference": [3.0]}}
+    times[4, 4]["auto"], times[8, 4]["auto"] = [1.0], [3.0]
     measured.times["lora", "float32", 3, PASSES[0]] = times
-    measured.times["lora", "float32", 5, PASSES[0]] = {(4, 4): {"fast": [1.0], "reference": [4.0]}}
+    measured.times["lora", "float32", 5, PASSES[0]] = {(4, 4): {"fast": [1.0], "reference": [4.0], "auto": [4.0]}}
     rows = measured.results()
     assert [r["mean"] for r in rows] == [1.0, 0.25]
     assert rows[0]["ratios"] == {"4 x 4": 0.5, "8 x 4": 2.0}
+    assert rows[0]["auto_ratios"] == {"4 x 4": 0.5, "8 x 4": 1.0}
     assert overall(rows, PASSES[0]) == pytest.approx(0.5)
+    assert overall(rows, PASSES[0], "auto") == pytest.approx(0.5**0.25, abs=1e-4)
     assert overall(rows, PASSES[1]) is None
 
 

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import corelora
 from corelora import CoreLoraConfig
-from corelora.kernels import core_linear
-from corelora.kernels.core_linear import Order, linear_op
+from corelora.kernels import products
+from corelora.kernels.core_linear import linear_op
 from corelora.kernels.fast import fused_forward, set_fast, suits
 from corelora.kernels.form import FormMaker
+from corelora.kernels.products import Order
 from corelora.tuner_layer import CoreLoraLayer
 
 # One rounding of a sum in that type, relative to the largest entry; products of thin features lose a little more.
@@ -34,10 +35,10 @@ CASES += [
 
 @pytest.fixture(autouse=True)
 def _restore_modes():
-    mode, order = set_fast("off"), core_linear.set_order(None)
+    mode, order = set_fast("off"), products.set_order(None)
     yield
     set_fast(mode)
-    core_linear.set_order(order)
+    products.set_order(order)
 
 
 def _layer(method: str, variant: str, extra: dict, dtype: torch.dtype, bias: bool = True) -> CoreLoraLayer:
@@ -75,11 +76,11 @@ def test_fused_equals_reference(method, variant, extra, order):
         y = layer(x)
         dy = torch.randn_like(y)
         expected = [y, *_grads(y, x, layer, dy)]
-        core_linear.set_order(order)
+        products.set_order(order)
         before = x.detach().clone(), dy.clone()
         fused = fused_forward(x, layer.base_layer, _maker(layer))
         found = [fused, *_grads(fused, x, layer, dy)]
-        core_linear.set_order(None)
+        products.set_order(None)
         for a, b in zip(found, expected, strict=True):
             _close(a, b, torch.float32)
         assert torch.equal(x.detach(), before[0]), "the input must come back bit for bit"
@@ -95,7 +96,7 @@ def test_fused_equals_reference_in_other_types(method, dtype, order):
     y = layer(x)
     dy = torch.randn_like(y)
     expected = [y, *_grads(y, x, layer, dy)]
-    core_linear.set_order(order)
+    products.set_order(order)
     fused = fused_forward(x, layer.base_layer, _maker(layer))
     for a, b in zip([fused, *_grads(fused, x, layer, dy)], expected, strict=True):
         _close(a, b, dtype)
@@ -121,7 +122,7 @@ def test_shapes_of_inputs(method, shape):
 def test_inputs_that_are_views(method, order):
     """Transposed, expanded and strided inputs and gradients: an edit must never touch memory that rows share."""
     layer = _layer(method, "default", {}, torch.float32)
-    core_linear.set_order(order)
+    products.set_order(order)
     for x in (torch.randn(37, 6).T, torch.randn(1, 37).expand(6, 37), torch.randn(6, 74)[:, ::2]):
         x = x.detach().requires_grad_()
         y = layer(x)

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corelora import CoreLoraConfig
-from corelora.kernels import core_linear
-from corelora.kernels.core_linear import Order
+from corelora.kernels import products
 from corelora.kernels.fast import set_fast
+from corelora.kernels.products import Order
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,10 +26,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 @pytest.fixture(autouse=True)
 def _restore_modes():
-    mode, order = set_fast("auto"), core_linear.set_order(None)
+    mode, order = set_fast("auto"), products.set_order(None)
     yield
     set_fast(mode)
-    core_linear.set_order(order)
+    products.set_order(order)
 
 
 def _model(method: str, dtype: torch.dtype, **extra) -> nn.Module:
@@ -59,7 +59,7 @@ def test_fused_against_float64(method, dtype, order):
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         expected = torch.autograd.grad(y64, [x64, *(exact.get_parameter(n) for n in names)], dy.double())
         set_fast("on")
-        core_linear.set_order(order)
+        products.set_order(order)
         before = x.detach().clone(), dy.clone()
         y = model(x)
         found = torch.autograd.grad(y, [x, *(model.get_parameter(n) for n in names)], dy)

@@ -1,7 +1,8 @@
 """Whether the fused path pays on this device: `corelora bench layers`.
 
 Each shape of linear layer that a model has, adapted by each method, forward and backward (and forward alone), on the
-fused path and in plain modules in turn. The figure is the geometric mean over shapes of fused over plain.
+fused path, in plain modules and as "auto" chooses between them, in turn. The figures are the geometric means over
+shapes of fused over plain and of auto over plain.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from corelora.registry import METHODS
 
 DEFAULT_NAMES = ("inttune", "nora", "lora", "slora", "nlora", "lora_xs")
 PASSES = ("forward and backward", "forward")
+MODES = {**PATHS, "auto": "auto"}
+SHORT = 32  # tokens: passes of fewer are timed together, as many as make this number
 Key = tuple[str, str, int, str]  # method, dtype, tokens, pass
 
 
@@ -43,7 +46,7 @@ class LayersRequest:
         r, k: ranks.
         rounds: how often the whole is gone through.
         steps: timed passes of each path in a round, in turn.
-        warmup: pairs of passes before them.
+        warmup: passes of each path before them.
         device: "cuda" or "cpu"; the GPU where there is one, if None.
     """
 
@@ -139,36 +142,37 @@ class LayersBench:
         return True
 
     def _measure(self, model: Any, key: Key) -> None:
-        """Both paths in turn on every shape."""
+        """All paths in turn on every shape."""
         _, dtype, tokens, which = key
+        passes = max(1, SHORT // tokens)
         for n, shape in enumerate(self.shapes):
             layer = model.get_submodule(f"base_model.model.layer{n}")
             x = torch.randn(1, tokens, shape[1], device=self.device.kind, dtype=DTYPES[dtype])
             work = partial(_PASSES[which], layer, x)
-            store = self.times.setdefault(key, {}).setdefault(shape, {path: [] for path in PATHS})
+            store = self.times.setdefault(key, {}).setdefault(shape, {path: [] for path in MODES})
             for turn in range(self.request.warmup + self.request.steps):
-                for path, mode in PATHS.items():
-                    took = self._timed(work, mode)
+                for path, mode in MODES.items():
+                    took = self._timed(work, mode, passes)
                     store[path] += [took] if turn >= self.request.warmup else []
 
-    def _timed(self, work: Callable[[], Any], mode: str) -> float:
+    def _timed(self, work: Callable[[], Any], mode: str, passes: int) -> float:
         before = set_fast(mode)
         try:
-            return self.device.time(work)
+            work()  # in a model the layer before took the same path: its code is in the caches, not the other path's
+            return self.device.time(lambda: [work() for _ in range(passes)]) / passes
         finally:
             set_fast(before)
 
     def results(self) -> list[dict[str, Any]]:
-        """For each method, type, number of tokens and pass: fused over plain by shape, and their geometric mean."""
+        """For each method, type, number of tokens and pass: fused and auto over plain by shape, and their means."""
         found = []
         for (name, dtype, tokens, which), by_shape in self.times.items():
-            ratios = {
-                f"{o} x {i}": Spread.of(times["fast"]).median / Spread.of(times["reference"]).median
-                for (o, i), times in by_shape.items()
-            }
             row = {"kind": "result", "name": name, "title": METHODS[name].title, "dtype": dtype, "tokens": tokens}
-            mean = round(statistics.geometric_mean(ratios.values()), 4)
-            found.append({**row, "pass": which, "mean": mean, "ratios": {k: round(v, 4) for k, v in ratios.items()}})
+            row |= {"pass": which}
+            for path, mean, ratios in (("fast", "mean", "ratios"), ("auto", "auto", "auto_ratios")):
+                over = _over_plain(by_shape, path)
+                row |= {mean: round(statistics.geometric_mean(over.values()), 4), ratios: over}
+            found.append(row)
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -176,6 +180,14 @@ class LayersBench:
         shapes = [f"{o} x {i}" for o, i in self.shapes]
         request = asdict(self.request) | {"model": shown_name(self.request.model)}
         return {"kind": "run", "bench": "layers", "request": request, "shapes": shapes, **self.device.describe()}
+
+
+def _over_plain(by_shape: dict[tuple[int, int], dict[str, list[float]]], path: str) -> dict[str, float]:
+    """The ratio of medians for each shape."""
+    found = {}
+    for (o, i), times in by_shape.items():
+        found[f"{o} x {i}"] = round(Spread.of(times[path]).median / Spread.of(times["reference"]).median, 4)
+    return found
 
 
 def _forward_and_backward(layer: nn.Module, x: Tensor) -> None:
@@ -194,7 +206,7 @@ def _forward(layer: nn.Module, x: Tensor) -> None:
 _PASSES = dict(zip(PASSES, (_forward_and_backward, _forward), strict=True))
 
 
-def overall(results: list[dict[str, Any]], which: str) -> float | None:
-    """The geometric mean over everything measured of one pass, None where nothing was."""
-    means = [row["mean"] for row in results if row["pass"] == which]
+def overall(results: list[dict[str, Any]], which: str, figure: str = "mean") -> float | None:
+    """The geometric mean over everything measured of one pass, None where nothing was; "auto" is that of auto."""
+    means = [row[figure] for row in results if row["pass"] == which]
     return statistics.geometric_mean(means) if means else None

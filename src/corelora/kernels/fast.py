@@ -11,10 +11,14 @@ from corelora.kernels.form import FormMaker, is_serial
 from corelora.layers import LinearView, View
 
 _mode = "auto"
+CPU_TYPES = (torch.float32, torch.bfloat16)
+CPU_ROWS = 64
 
 
 def set_fast(mode: str) -> str:
-    """Choose the path of plain linear layers: "on" (fused wherever it fits), "off" (reference), "auto" (on a GPU).
+    """Choose the path of plain linear layers: "on" (fused wherever it fits), "off" (reference), "auto" (where it pays).
+
+    On a GPU that is wherever it fits, on a CPU what `wanted` and `pays` say.
 
     Returns:
         The mode before.
@@ -27,8 +31,27 @@ def set_fast(mode: str) -> str:
 
 
 def wanted(x: Tensor) -> bool:
-    """Whether the fused path is asked for on this input's device."""
-    return _mode == "on" or (_mode == "auto" and x.is_cuda)
+    """Whether the fused path is asked for on this input's device, by what can be told from the input alone.
+
+    On a CPU "auto" takes it for float32 and bfloat16, eager and plain (a compiler has its own order of products, and
+    torch.func cannot go through it): in passes without gradients always, in those with them from `CPU_ROWS` rows on.
+    With fewer, what the host does between products decides, and autograd does its part in C++ where we use Python.
+    """
+    if _mode != "auto" or x.is_cuda:
+        return _mode != "off"
+    if not x.is_cpu or x.dtype not in CPU_TYPES:
+        return False
+    if torch.is_grad_enabled() and x.numel() < CPU_ROWS * x.shape[-1]:
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
+def pays(x: Tensor, maker: FormMaker) -> bool:
+    """Whether an adapter whose path is `wanted` takes it: on a CPU "auto" leaves out what copies its factors each time.
+
+    Those are stored starts beside trained offsets of outer factors (PiSSA's, with its start subtracted).
+    """
+    return _mode != "auto" or x.is_cuda or not maker.stacks
 
 
 def suits(view: View, base: nn.Module, core: CoreAdapter) -> bool:
@@ -37,19 +60,19 @@ def suits(view: View, base: nn.Module, core: CoreAdapter) -> bool:
 
 
 def fits(base: nn.Module, x: Tensor) -> bool:
-    """Whether this input can take it: the base's own type and frozen, no autocast, nobody listening to the base."""
+    """Whether this input can take it: the base's own type, not learning, no autocast, nobody listening to the base."""
     kept, own = base._parameters, base.__dict__
     weight, bias = kept["weight"], kept["bias"]
     if (
         weight is None
-        or weight.requires_grad
+        or (weight.requires_grad and torch.is_grad_enabled())
         or weight.dtype != x.dtype
         or weight.is_meta
         or type(base) is not nn.Linear
     ):
         return False
     heard = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own
-    learns = bias is not None and bias.requires_grad
+    learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     return not heard and not learns and not torch.is_autocast_enabled(x.device.type)
 
 

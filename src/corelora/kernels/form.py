@@ -13,7 +13,7 @@ so a difference of products costs one wider product and no cancellation, and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,26 @@ from torch import Tensor
 
 from corelora.adapter import CoreAdapter, Factors
 from corelora.factor import Factor
+
+Chain = tuple[Tensor, ...]  # G as matrices that are applied to features in turn; none: the identity
+
+_device: str | None = None
+
+
+def set_device(kind: str | None) -> str | None:
+    """Work as on "cuda" or "cpu" wherever the tensors are; None asks them. For estimates and their tests.
+
+    Returns:
+        What was set before.
+    """
+    global _device
+    before, _device = _device, kind
+    return before
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether products are arranged for a CPU: it has the memory to keep features and waits for every small one."""
+    return not x.is_cuda if _device is None else _device == "cpu"
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,11 @@ class Form(NamedTuple):
     maker: FormMaker
 
 
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b in one operation."""
+    return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
 def is_serial(core: CoreAdapter) -> bool:
     """Whether the adapter is one chain of factors: parallel cores have no such form here."""
     return all(isinstance(stage, str) for stage in core.stages)
@@ -86,7 +111,14 @@ class FormMaker:
         self.blocks = (len(self.b_parts), len(self.a_parts))
         self.is_unscaled = scale == 1 and self._plain_slices()
         self.is_direct = self._follows_from_cores()
+        self.stacks = any(f.plan.offset and f.start is not None for f in (self.A, self.B))
+        # On a CPU the scale stays out of G where it can: it is a number of the last product.
+        self.scales_last = self.is_direct and (
+            len(self.middle) == 2 or (self.blocks == (1, 1) and self._plain_slices())
+        )
+        self.cpu_layout = replace(self.layout, scale=scale) if self.scales_last else self.layout
         self._weights: Tensor | None = None
+        self._sides: tuple[Tensor | None, Tensor | None] | None = None
         self._constant: Tensor | None = None
 
     def make(self) -> Form:
@@ -110,6 +142,42 @@ class FormMaker:
         if self.is_unscaled:
             return (constant + spread).view(q * r, p * r)
         return torch.addcmul(constant, self._scaling(M).view(q, r, p, r), spread).view(q * r, p * r)
+
+    def chain(self, C: Tensor | None, D: Tensor | None) -> Chain:
+        """G on a CPU: the two of a nested core, which are smaller than their product, or one matrix.
+
+        The scale is in it, or in `cpu_layout`.
+        """
+        if C is None:
+            return ()
+        if D is None or not self.is_direct:
+            G = C if self.scales_last else self.expand(C, D)
+            return () if G is None else (G,)
+        left, right = self._transforms(C)
+        return C if right is None else C * right, D if left is None else left[:, None] * D
+
+    def core_gradients(
+        self, V: list[Tensor], U: list[Tensor], C: Tensor, D: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of C and D on a CPU, from the thin features on both sides of each matrix of `chain`.
+
+        Every block of G moves as M does, so the blocks of the features are added up before their product: it is then
+        [r,r]. Adding up the blocks of a finished [q,p] takes longer there than all the rest of the backward pass.
+
+        Args:
+            V: [V[T,q], ...], from the output's gradient on.
+            U: [U[T,p], ...], from the input on.
+            C, D: as in the form.
+        """
+        if not self.is_direct:
+            return scaled_product(V[0].t(), U[0], 1.0).to(C.dtype), None
+        left, right = self._transforms(U[0])
+        if D is None:
+            V0, U0 = self._added_up(V[0], left), self._added_up(U[0], right)
+            return scaled_product(V0.t(), U0, self.scale).to(C.dtype), None
+        first, last = U[0] if right is None else U[0] * right, V[0] if left is None else V[0] * left
+        dC, dD = scaled_product(V[1].t(), first, self.scale), scaled_product(last.t(), U[1], self.scale)
+        return dC.to(C.dtype), dD.to(D.dtype)
 
     def collapse(self, dG: Tensor, C: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients of C and D from that of G: the transpose of `expand`."""
@@ -201,6 +269,23 @@ class FormMaker:
             right = torch.cat([self._side_scaling(self.A, part, like) for part in self.a_parts])
             self._weights = (self.scale * left[:, None] * right).to(like.dtype)
         return self._weights
+
+    def _transforms(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """[r] each: the scalings of the slices that write and read; None where there is none."""
+        kept = self._sides
+        if kept is None or any(t is not None and (t.device != like.device or t.dtype != like.dtype) for t in kept):
+            left, right = (f.transform if f.is_live else None for f in (self.B, self.A))
+            left, right = (None if t is None else t.to(like) for t in (left, right))
+            kept = self._sides = left, right
+        return kept
+
+    def _added_up(self, features: Tensor, transform: Tensor | None) -> Tensor:
+        """[T,r]: the parts of features [T,p] added up, the slice's, which is the last, through its transform."""
+        r = self.core.spec.r
+        last = features[:, -r:]
+        if features.shape[1] == r:
+            return last if transform is None else last * transform
+        return features[:, :r] + last if transform is None else torch.addcmul(features[:, :r], last, transform)
 
     def _side_scaling(self, factor: Factor, part: str, like: Tensor) -> Tensor:
         transform = factor.transform

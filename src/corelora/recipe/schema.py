@@ -127,7 +127,9 @@ class LoopPart:
     precision: str = setting("Type of the arithmetic; `auto`: that of the weights.", "auto", choices=PRECISIONS)
     checkpointing: bool = setting("Recompute activations: less memory, about a third more time.", False)
     compile: bool = setting("torch.compile the model.", False)
-    fast: str = setting("corelora's fused path: `auto` (on a GPU), on, off.", "auto", choices=("auto", "on", "off"))
+    fast: str = setting(
+        "corelora's fused path: `auto` (where it pays), on, off.", "auto", choices=("auto", "on", "off")
+    )
     graphs: str = setting(
         "Each step as one CUDA graph, for small models, whose steps wait for the host: on, off, or `auto` (where that "
         "can be done). Takes up to twice the memory of the activations.",

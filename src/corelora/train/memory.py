@@ -101,11 +101,12 @@ def step_memory(recipe: Recipe, config: PretrainedConfig, device: str) -> StepMe
         length=recipe.data.max_length,
         optimizer=_optimizer(recipe),
         checkpointing=recipe.loop.checkpointing,
-        device="cuda" if device == "cuda" and recipe.loop.fast != "off" else "cpu",
+        device=device,
+        fast=recipe.loop.fast,
     )
     model = meta_model(recipe, config)
     saved = _saved_by_quantizing(recipe, model)
-    memory = StepSimulator(model, step.device).measure(step)
+    memory = StepSimulator(model, step.device, step.fast).measure(step)
     return replace(memory, weights=memory.weights - saved)
 
 
