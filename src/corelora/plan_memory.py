@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from corelora.errors import CoreLoraError, unknown_name
 from corelora.factor import Factor
-from corelora.kernels.fast import set_fast
+from corelora.kernels.fast import fast_path
 from corelora.kernels.form import set_device
 from corelora.tuner_layer import CoreLoraLayer
 
@@ -190,12 +190,12 @@ class StepSimulator:
 
     @contextmanager
     def _path(self) -> Iterator[None]:
-        before = set_fast("on" if self.device == "cuda" and self.fast == "auto" else self.fast), set_device(self.device)
+        before = set_device(self.device)
         try:
-            yield
+            with fast_path("on" if self.device == "cuda" and self.fast == "auto" else self.fast):
+                yield
         finally:
-            set_fast(before[0])
-            set_device(before[1])
+            set_device(before)
 
     def _run(self, step: Step) -> StepMemory:
         model = self.model.train()

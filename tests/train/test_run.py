@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corelora.data.collate import ReplyCollator
 from corelora.errors import CoreLoraError
+from corelora.kernels.fast import set_fast
 from corelora.recipe import Recipe, read_tree
 from corelora.train.run import build_model, train
 from corelora.train.tasks import TASKS, Rows, Task
@@ -175,6 +176,16 @@ def test_the_same_recipe_gives_the_same_weights(folder, tmp_path):
     a, b, c = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_the_path_of_a_run_is_its_own(folder, tmp_path):
+    """What `loop.fast` chose is put back when the run ends."""
+    before = set_fast("auto")
+    try:
+        train(make_recipe(folder, loop={"steps": 1, "fast": "off"}), tmp_path)
+        assert set_fast("auto") == "auto"
+    finally:
+        set_fast(before)
 
 
 def test_accumulated_batches_are_one_large_batch(folder, tmp_path):

@@ -23,7 +23,7 @@ from corelora.bench.measure import Device, Emit, Spread
 from corelora.bench.peers import PATHS, Ranks, core_config
 from corelora.bench.shapes import DTYPES, shape_config, shown_name
 from corelora.errors import CoreLoraError, raise_all, unknown_name
-from corelora.kernels.fast import set_fast
+from corelora.kernels.fast import fast_path
 from corelora.plan import build_on_meta
 from corelora.registry import METHODS
 
@@ -156,12 +156,9 @@ class LayersBench:
                     store[path] += [took] if turn >= self.request.warmup else []
 
     def _timed(self, work: Callable[[], Any], mode: str, passes: int) -> float:
-        before = set_fast(mode)
-        try:
+        with fast_path(mode):
             work()  # in a model the layer before took the same path: its code is in the caches, not the other path's
             return self.device.time(lambda: [work() for _ in range(passes)]) / passes
-        finally:
-            set_fast(before)
 
     def results(self) -> list[dict[str, Any]]:
         """For each method, type, number of tokens and pass: fused and auto over plain by shape, and their means."""

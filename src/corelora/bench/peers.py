@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, unknown_name
-from corelora.kernels.fast import set_fast
+from corelora.kernels.fast import fast_path
 from corelora.registry import METHODS, OUTERS, Registry
 
 BASE = "base"
@@ -83,12 +83,8 @@ class Peer:
         """Autocast and the choice of the path, for the time of a measurement."""
         casts = self.autocast and dtype != torch.float32  # over a float32 base there is nothing to cast to
         cast: AbstractContextManager = torch.autocast(device, dtype=dtype) if casts else nullcontext()
-        before = set_fast(self.mode)
-        try:
-            with cast:
-                yield
-        finally:
-            set_fast(before)
+        with fast_path(self.mode), cast:
+            yield
 
 
 PEERS: Registry = Registry("peer")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,16 @@ def set_fast(mode: str) -> str:
         raise ValueError(f"fast mode must be on, off or auto, got {mode!r}")
     before, _mode = _mode, mode
     return before
+
+
+@contextmanager
+def fast_path(mode: str) -> Iterator[None]:
+    """`set_fast` for the time of a block."""
+    before = set_fast(mode)
+    try:
+        yield
+    finally:
+        set_fast(before)
 
 
 def wanted(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 
 from corelora.errors import CoreLoraError, raise_all
 from corelora.fold import fold
-from corelora.kernels.fast import set_fast
+from corelora.kernels.fast import fast_path
 from corelora.recipe import Recipe
 from corelora.train.arguments import training_arguments
 from corelora.train.dry_run import check
@@ -97,7 +97,7 @@ def make(recipe: Recipe, folder: RunFolder, standing: Standing) -> dict[str, Any
     standing.check_same(run.about)
     if is_main():
         folder.begin(recipe)
-    with memory_advice(run):
+    with fast_path(recipe.loop.fast), memory_advice(run):
         model = build_model(run)
         trainer = build_trainer(run, model, standing)
         metrics = run_trainer(trainer, run, standing)
@@ -120,7 +120,6 @@ def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
     task = TASKS[recipe.task]
     # before any model: DeepSpeed's ZeRO-3 wants to know
     arguments = training_arguments(recipe, config, folder.root, task.reads_tokens)
-    set_fast(recipe.loop.fast)
     processor = task.load_processor(recipe)
     rows = {"train": task.encode(recipe, "train", processor)}
     if recipe.data.test is not None:
