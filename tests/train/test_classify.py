@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from corelora.errors import CoreLoraError
+from corelora.folders import open_model
 from corelora.train.models import head_names
 from corelora.train.run import build_model, train
 from corelora.train.tasks import TASKS
@@ -131,6 +132,16 @@ def test_a_whole_model_begins_from_another_task(bert, tmp_path):
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert torch.equal(model.state_dict()[name], saved[name])
     assert model.classifier.weight.shape == (2, 32)
+
+
+def test_a_new_adapter_on_a_model_of_another_task(bert, tmp_path):
+    """MNLI's whole model as `model.name`: three labels there, two here."""
+    train(classify(bert, "mnli", method={"name": "full"}), tmp_path / "mnli")
+    recipe = classify(bert, "mrpc", model={"name": str(tmp_path / "mnli" / "model")})
+    results = train(recipe, tmp_path / "mrpc")
+    assert set(results) >= {"test_accuracy", "test_f1"}
+    loaded = open_model(str(tmp_path / "mrpc" / "adapter"), "default")
+    assert loaded.base_model.model.classifier.modules_to_save["default"].weight.shape == (2, 32)
 
 
 @pytest.mark.parametrize("changes", [{"r": 2}, {"name": "inttune"}, {"target_modules": ["query"]}])

@@ -12,14 +12,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedModel,
 )
 
 from corelora.data.check import check_data
 from corelora.data.glue import GLUE, REGRESS, encode_pairs, metrics
 from corelora.recipe import Recipe
 from corelora.train.graphs import row_multiple
-from corelora.train.models import head_names
+from corelora.train.models import head_names, load_model
 from corelora.train.tasks import TASKS, Rows, Task, as_rows
 from corelora.train.trainer import LabelTrainer
 
@@ -39,9 +38,9 @@ class Classify(Task):
         return {"num_labels": len(task.labels), "problem_type": task.kind, **labels}
 
     def load_model(self, recipe: Recipe, config: Any, processor: Any, source: str | None) -> nn.Module:
-        """With a padding token in its config: a decoder looks for the last token before it."""
-        model = super().load_model(recipe, config, processor, source)
-        assert isinstance(model, PreTrainedModel)
+        """A head of another task's size begins anew. With a padding token in its config, which decoders look for."""
+        checkpointing = recipe.loop.checkpointing
+        model = load_model(recipe.model, config, self.auto_class, checkpointing, source, new_head=True)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
         return model
