@@ -354,6 +354,17 @@ def test_a_recipe_that_no_run_wrote_is_not_replaced(folder, tmp_path):
     assert (tmp_path / "recipe.yaml").read_text() == "task: instruct\n"
 
 
+@pytest.mark.parametrize("name", ["model/config.json", "adapter/adapter_model.safetensors", "metrics.jsonl"])
+def test_what_no_run_wrote_is_not_replaced(folder, tmp_path, name):
+    """The user's own model, adapter or metrics, with --output in their folder."""
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("mine")
+    with pytest.raises(CoreLoraError, match=f"no run wrote its {name.partition('/')[0]}, which this one would replace"):
+        train(make_recipe(folder, method={"name": "full"}), tmp_path)
+    assert own.read_text() == "mine"
+
+
 HOLD = """
 import os, sys
 from pathlib import Path

@@ -93,6 +93,11 @@ def look(folder: RunFolder, recipe: Recipe) -> Standing:
     checkpoint = None if finished else newest_whole(folder.checkpoints, say)
     if folder.recipe.is_file() and not folder.versions.is_file():
         raise CoreLoraError(f"{folder.recipe} was not written by a run, which would replace it: give another --output")
+    if not folder.recipe.is_file() and (foreign := [p for p in folder.made_in_training if p.exists()]):
+        raise CoreLoraError(
+            f"{folder.root} holds no recipe.yaml, so no run wrote its {', '.join(p.name for p in foreign)}, which this "
+            "one would replace: give another --output"
+        )
     if finished or checkpoint:
         _check_recipe(folder, recipe)
     if finished:
@@ -115,8 +120,6 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
 
 
 def _check_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    if not folder.recipe.is_file():
-        raise CoreLoraError(f"{folder.root} holds weights or checkpoints but no recipe.yaml: give another --output")
     before, problems = read_tree(Recipe, yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
     if before is None:
         raise CoreLoraError(f"{folder.recipe} is of another version of corelora ({problems[0]}): give another --output")
