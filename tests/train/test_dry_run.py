@@ -78,6 +78,12 @@ def test_all_mistakes_at_once(folder, tmp_path):
         ({"model": {"start_from": "nowhere"}}, "no folder nowhere"),
         ({"model": {"dtype": "bfloat16"}, "loop": {"precision": "float32"}}, "set model.dtype"),
         ({"method": {"name": "full"}, "model": {"quantize": "4bit"}}, "quantised weights can't be trained"),
+        ({"optim": {"name": "galore_adamw"}}, "optim.name: galore_adamw can't be had here"),
+        ({"optim": {"schedule": "cosine_with_min_lr"}}, "optim.schedule: cosine_with_min_lr wants settings"),
+        ({"optim": {"schedule": "warmup_stable_decay"}}, "optim.schedule: warmup_stable_decay wants settings"),
+        ({"optim": {"schedule": "reduce_lr_on_plateau"}}, "give data.test and loop.test_every"),
+        ({"loop": {"test_every": 2}, "data": {"test": None}}, "loop.test_every: there are no test rows"),
+        ({"model": {"attention": "flash"}}, 'model.attention: Specified `attn_implementation="flash"`'),
         ({"data": {"columns": {"question": "qestion"}, "test": None}}, "qestion"),
     ],
 )

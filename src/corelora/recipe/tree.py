@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -21,6 +22,17 @@ class Loader(yaml.SafeLoader):
     """YAML's safe loader, for which 2e-4 is a number, as in YAML 1.2; PyYAML by itself takes it for a text."""
 
 
+def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping without a key that is given twice: PyYAML keeps the last one and says nothing."""
+    seen: dict[str, int] = {}
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        line = key.start_mark.line + 1
+        if seen.setdefault(key.value, line) != line:
+            raise yaml.YAMLError(f"key {key.value!r} is given twice, in lines {seen[key.value]} and {line}")
+    return loader.construct_mapping(node, deep=True)
+
+
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -239,7 +251,7 @@ def _read_plain(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
         except (TypeError, ValueError):
             return None, wrong
         if hint is float:
-            return number, []
+            return (number, []) if math.isfinite(number) else (None, wrong)
         return (int(number), []) if number.is_integer() else (None, wrong)
     if hint is str:
         return (str(value), []) if isinstance(value, (str, int, float)) else (None, wrong)

@@ -24,7 +24,7 @@ from corelora.train import (  # noqa: F401  (they register themselves)
     image_classification,
     instruct,
 )
-from corelora.train.arguments import precision_problems, weight_dtype
+from corelora.train.arguments import precision_problems, trial_problems, weight_dtype
 from corelora.train.folder import RunFolder
 from corelora.train.graphs import graph_problems
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
@@ -36,6 +36,7 @@ from corelora.train.optim import rate_problems
 from corelora.train.start_from import start_problems
 from corelora.train.tasks import TASKS
 
+NEED_TESTS = ("reduce_lr_on_plateau", "greedy")  # schedules that transformers steps after each test
 STATES = 3  # a checkpoint holds the trained weights and, for AdamW, two states of their size
 
 
@@ -75,7 +76,8 @@ def check(recipe: Recipe, output: Path) -> Facts:
     found = [p for p in (TASKS.miss(recipe.task),) if p]
     found += method_problems(recipe.method)
     sound = not found  # only then there is a model to make
-    found += optim_problems(recipe.optim, recipe.method)
+    optim = optim_problems(recipe.optim, recipe.method) + _test_problems(recipe)
+    found += optim
     found += model_problems(recipe.model)
     found += _reporter_problems(recipe)
     found += start_problems(recipe.model, full=is_whole(recipe.method))
@@ -87,13 +89,16 @@ def check(recipe: Recipe, output: Path) -> Facts:
         config = _config(recipe) if not known else TASKS[recipe.task].load_config(recipe)
     except CoreLoraError as error:
         found.append(str(error))
-    found += precision_problems(recipe, config)
+    precision = precision_problems(recipe, config)
+    found += precision
     found += graph_problems(recipe) if recipe.loop.graphs == "on" else []
     model = None
     if config is not None and sound:
         model, wrong = _on_meta(recipe, config)
         found += wrong
     found += _folder_problems(output)
+    if config is not None and not (optim or precision):
+        found += trial_problems(recipe, config, output)
     if config is None or model is None:
         raise_all(found, "recipe")
         raise AssertionError("a config or model is missing without a problem that says so")
@@ -201,6 +206,16 @@ def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: P
 def _reporter_problems(recipe: Recipe) -> list[str]:
     missing = [name for name in recipe.loop.report_to if importlib.util.find_spec(name) is None]
     return [f"loop.report_to: {name} is not installed. Install it with: pip install {name}" for name in missing]
+
+
+def _test_problems(recipe: Recipe) -> list[str]:
+    """Settings that need tests along the way, which the recipe does not have."""
+    loop, tests = recipe.loop, recipe.data.test is not None
+    found = [] if tests or loop.test_every is None else ["loop.test_every: there are no test rows; give data.test."]
+    if recipe.optim.schedule in NEED_TESTS and not (tests and loop.test_every):
+        schedule = recipe.optim.schedule
+        found.append(f"optim.schedule: {schedule} follows the test loss; give data.test and loop.test_every.")
+    return found
 
 
 def _replaced(output: Path) -> int:
