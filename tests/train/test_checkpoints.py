@@ -173,6 +173,16 @@ RUNS = {
     "nora": {"method": {"name": "nora", "r": 4, "target_modules": "all-linear", "dropout": 0.2}},
     "rmsprop, three rates": {"optim": {"lr": 1e-3, "name": "rmsprop", "rates": {"B": 4, "core": 2}}},
     "full": {"method": {"name": "full"}},
+    "adalora": {
+        "method": {
+            "name": "adalora",
+            "target_modules": "all-linear",
+            "target_r": 2,
+            "init_r": 6,
+            "tinit": 1,
+            "tfinal": 2,
+        }
+    },
     "packed": {"data": {"packing": True}},
     "folded": {"loop": {"fold": True}},
     "classifier": {"task": "classify", "data": {"form": "sst2"}, "method": {"name": "nlora", "r": 4}},

@@ -20,6 +20,7 @@ from corelora.errors import CoreLoraError, raise_all
 from corelora.fold import fold
 from corelora.kernels.fast import set_fast
 from corelora.recipe import Recipe
+from corelora.train.adalora import AdaLoraSteps, adalora_of
 from corelora.train.arguments import training_arguments
 from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
@@ -34,7 +35,7 @@ from corelora.train.start_from import load_start, weights_folder
 from corelora.train.statistics import gathered_in_turn, run_stats
 from corelora.train.story import say, shortened
 from corelora.train.tasks import TASKS, Rows, Task
-from corelora.train.watch import AdaLoraSteps, first_steps, marked
+from corelora.train.watch import first_steps, marked
 
 
 @dataclass(kw_only=True)
@@ -199,8 +200,8 @@ def build_trainer(run: Run, model: Any, standing: Standing) -> Any:
     if standing.checkpoint is None:
         callbacks += first_steps(model)
     callbacks += run.task.callbacks(run.recipe, run.folder, run.processor)
-    if AdaLoraSteps.needed(model):
-        callbacks.append(AdaLoraSteps())
+    if adalora_of(model) is not None:
+        callbacks.append(AdaLoraSteps(standing.checkpoint.path if standing.checkpoint else None))
     trainer = run.task.trainer_class()(
         recipe=run.recipe,
         model=model,
