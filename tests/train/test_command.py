@@ -64,6 +64,15 @@ def test_the_folder_has_the_recipes_name(recipe_file, tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "sums" / "results.json").is_file()
 
 
+def test_mistakes_in_the_file_and_behind_it_are_told_at_once(recipe_file, tmp_path, capsys):
+    words = ["optim.lrr=1", "loop.steps=x", "method.name=nlra", "data.train.path=nowhere.jsonl", "model.dtype=fp16"]
+    assert main(["train", str(recipe_file), "--output", str(tmp_path / "run"), *(f"--set={w}" for w in words)]) == 2
+    said = capsys.readouterr().err
+    assert "sums.yaml: 5 problems" in said
+    for word in ("Did you mean 'lr'", "loop.steps: a whole", "Did you mean 'nlora'", "nowhere.jsonl", "'float16'"):
+        assert word in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

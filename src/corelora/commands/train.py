@@ -8,8 +8,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from corelora.commands.output import print_json
-from corelora.errors import CoreLoraError
-from corelora.recipe import Recipe, load_recipe
+from corelora.errors import CoreLoraError, raise_all, sentences
+from corelora.recipe import Recipe
+from corelora.recipe.tree import mended
 
 HELP = "train what a recipe says"
 RUNS = Path("runs")
@@ -32,15 +33,23 @@ def run(arguments: argparse.Namespace) -> int:
         CoreLoraError: packages that training needs are missing; anything wrong with the recipe or the run.
     """
     try:  # here, so that the other commands need none of its packages, nor the time to import them
-        from corelora.train.dry_run import plan
+        from corelora.train.dry_run import check, plan
         from corelora.train.processes import is_main
         from corelora.train.run import train
         from corelora.train.story import next_steps
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"training needs the package {error.name}. Install: pip install corelora[train]") from None
     path = Path(arguments.recipe)
-    recipe = load_recipe(Recipe, path, arguments.set)
-    output = Path(arguments.output or recipe.output or RUNS / path.stem)
+    recipe, found = mended(Recipe, path, arguments.set)
+    output = Path(arguments.output or (recipe and recipe.output) or RUNS / path.stem)
+    if recipe is None or found:
+        try:
+            if recipe is not None:
+                check(recipe, output)
+        except CoreLoraError as error:
+            found += [text.removeprefix("recipe: ") for text in sentences(error)]
+        raise_all(found, str(path))
+        raise AssertionError("there is no recipe, and no mistake that says why")
     if arguments.dry_run:
         print(plan(recipe, output))
         print(f"\nNothing is wrong. Next: corelora train {path} --output {output}")
