@@ -8,6 +8,7 @@ import yaml
 from corelora.cli import main
 from corelora.recipe.tree import as_data
 from corelora.train import run as run_module
+from corelora.train.progress import MetricsFile
 from train.helpers import make_recipe
 
 
@@ -62,6 +63,21 @@ def test_the_folder_has_the_recipes_name(recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe_file), "--set", "loop.steps=1"]) == 0
     assert (tmp_path / "runs" / "sums" / "results.json").is_file()
+
+
+def test_a_user_who_stops_a_run_is_told_what_is_kept(recipe_file, tmp_path, capsys, monkeypatch):
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetricsFile, "on_step_end", stop)
+    words = ["train", str(recipe_file), "--output", str(tmp_path / "run")]
+    assert main(words) == 130
+    assert "no checkpoint was written yet" in capsys.readouterr().err
+    assert main([*words, "--set", "loop.save_every=2"]) == 130
+    assert (
+        f"the same command goes on after {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}" in capsys.readouterr().err
+    )
 
 
 def test_mistakes_in_the_file_and_behind_it_are_told_at_once(recipe_file, tmp_path, capsys):

@@ -94,6 +94,13 @@ def test_single_mistakes(folder, tmp_path, parts, words):
     assert len(str(caught.value).splitlines()) == 1, str(caught.value)
 
 
+def test_a_prompt_that_the_tokenizer_cannot_write(weightless, tmp_path):
+    for template in (weightless / "model").glob("chat_template*"):
+        template.unlink()
+    with pytest.raises(CoreLoraError, match="this model has no chat template"):
+        check(make_recipe(weightless, data={"prompt": "chat"}), tmp_path / "out")
+
+
 def test_a_folder_that_cannot_be(folder, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CoreLoraError, match="is a file, so"):

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         from corelora.train.dry_run import check, plan
         from corelora.train.processes import is_main
         from corelora.train.run import train
-        from corelora.train.story import next_steps
+        from corelora.train.story import next_steps, say, where_stopped
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"training needs the package {error.name}. Install: pip install corelora[train]") from None
     path = Path(arguments.recipe)
@@ -54,8 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(plan(recipe, output))
         print(f"\nNothing is wrong. Next: corelora train {path} --output {output}")
         return 0
-    with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to standard output
-        results = train(recipe, output)
+    try:
+        with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to standard output
+            results = train(recipe, output)
+    except KeyboardInterrupt:
+        say(f"\n{where_stopped(output)}")
+        raise
     if not is_main():
         return 0
     if arguments.json:

@@ -87,6 +87,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     try:
         known = recipe.task in TASKS and not data
         config = _config(recipe) if not known else TASKS[recipe.task].load_config(recipe)
+        found += TASKS[recipe.task].processor_problems(recipe) if recipe.task in TASKS else []
     except CoreLoraError as error:
         found.append(str(error))
     precision = precision_problems(recipe, config)

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, EvalPrediction
 from corelora.data.check import check_data
 from corelora.data.collate import IGNORED, ReplyCollator
 from corelora.data.packing import border_problem
+from corelora.data.prompts import PROMPTS
 from corelora.data.replies import encode_replies
+from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 from corelora.train.graphs import row_multiple
 from corelora.train.models import stop_tokens
@@ -67,6 +69,14 @@ class Instruct(Task):
         """Packed rows that see each other."""
         problem = border_problem(model, collator) if recipe.data.packing else None
         return [problem] if problem else []
+
+    def processor_problems(self, recipe: Recipe) -> list[str]:
+        """No tokenizer, or one that the prompt can't be written for: without a chat template, without an end token."""
+        try:
+            problem = PROMPTS[recipe.data.prompt].tokenizer_problem(self.load_processor(recipe))
+        except CoreLoraError as error:
+            return [str(error)]
+        return [f"data.prompt: {problem}"] if problem else []
 
     def row_problems(self, rows: Rows, processor: Any, config: Any) -> list[str]:
         """Rows that never train a stop token: the model would not learn to end its replies.

@@ -165,6 +165,10 @@ class Task(ABC):
     def sample(self, row: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
         """A row as pieces of text, each with whether it is trained."""
 
+    def processor_problems(self, recipe: Recipe) -> list[str]:
+        """Why the rows can't be encoded with what the model has for that, as far as no weights are needed to tell."""
+        return []
+
     def row_problems(self, rows: Rows, processor: Any, config: Any) -> list[str]:
         """Why these rows would train the wrong thing."""
         return []
