@@ -94,6 +94,17 @@ def test_single_mistakes(folder, tmp_path, parts, words):
     assert len(str(caught.value).splitlines()) == 1, str(caught.value)
 
 
+def test_a_folder_with_a_run(folder, tmp_path):
+    recipe = make_recipe(folder, loop={"steps": 2})
+    assert "folder    " not in plan(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run")
+    assert "holds a finished run: nothing would be done" in plan(recipe, tmp_path / "run")
+    with pytest.raises(CoreLoraError, match="holds a run of another recipe"):
+        plan(make_recipe(folder, loop={"steps": 3}), tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert "holds a run that would go on after" in plan(recipe, tmp_path / "run")
+
+
 def test_a_prompt_that_the_tokenizer_cannot_write(weightless, tmp_path):
     for template in (weightless / "model").glob("chat_template*"):
         template.unlink()

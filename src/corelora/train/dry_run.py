@@ -25,14 +25,16 @@ from corelora.train import (  # noqa: F401  (they register themselves)
     instruct,
 )
 from corelora.train.arguments import precision_problems, trial_problems, weight_dtype
+from corelora.train.checkpoints import newest_checkpoint
 from corelora.train.folder import RunFolder
 from corelora.train.graphs import graph_problems
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
 from corelora.train.methods import clipped_ranks, is_whole
 from corelora.train.methods import problems as method_problems
-from corelora.train.models import load_model_config, model_problems
+from corelora.train.models import load_model_config, model_problems, positions
 from corelora.train.optim import problems as optim_problems
 from corelora.train.optim import rate_problems
+from corelora.train.resume import is_finished, raise_if_another
 from corelora.train.start_from import start_problems
 from corelora.train.tasks import TASKS
 
@@ -120,6 +122,10 @@ def plan(recipe: Recipe, output: Path) -> str:
         CoreLoraError: as `check`.
     """
     facts = check(recipe, output)
+    folder = RunFolder(output)
+    finished, kept = is_finished(folder, recipe), newest_checkpoint(folder.checkpoints)
+    raise_if_another(folder, recipe, begun=finished or kept is not None)
+    standing = "a finished run: nothing would be done" if finished else f"a run that would go on after {kept}"
     loop = recipe.loop
     share = 100 * facts.trained / facts.parameters
     length = f"{loop.steps} steps" if loop.steps else f"{loop.epochs:g} epochs"
@@ -130,11 +136,21 @@ def plan(recipe: Recipe, output: Path) -> str:
         f"model     {recipe.model.name}, {facts.parameters:,} parameters, weights in {recipe.model.quantize or dtype}",
         f"method    {recipe.method['name']}, {facts.trained:,} of them train ({share:.2f} %)",
         *([f"          {facts.clipped}"] if facts.clipped else []),
+        *_long_rows(recipe, facts.config),
         f"length    {length} of {loop.batch_size} x {loop.accumulate} rows a device",
+        *([f"folder    {output} holds {standing}"] if finished or kept else []),
         f"disk      {facts.disk / GIB:.2f} GiB of {facts.free / GIB:.2f} GiB free",
         *_memory_lines(recipe, facts.config),
     ]
     return "\n".join(lines)
+
+
+def _long_rows(recipe: Recipe, config: PretrainedConfig) -> list[str]:
+    """Some models can't read more tokens than they were made for, others only do so badly."""
+    places = positions(config) if TASKS[recipe.task].reads_tokens else None
+    if places is None or recipe.data.max_length <= places:
+        return []
+    return [f"          made for rows of {places:,} tokens, and data.max_length is {recipe.data.max_length:,}"]
 
 
 def _memory_lines(recipe: Recipe, config: PretrainedConfig) -> list[str]:

@@ -167,6 +167,12 @@ def _keep_storage(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def positions(config: PretrainedConfig) -> int | None:
+    """Tokens of a row that a model was made for, where its config says so."""
+    found = config.to_dict().get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None  # DeBERTa and others write -1 or 0 for none
+
+
 def stop_tokens(config: PretrainedConfig) -> set[int]:
     """The tokens that end a reply, by a model's config and by its settings for generation, which may name more."""
     named = [config.eos_token_id]
