@@ -108,7 +108,7 @@ class ReplyTrainer(RunTrainer):
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
+            logits = model(**inputs).logits[:, -labels.shape[1] :]  # in front, prompt tuning has tokens of its own
         sums = [_loss_sum(row, wanted) for row, wanted in zip(logits, labels, strict=True)]
         return None, torch.stack(sums), (labels[:, 1:] != IGNORED).sum(dim=1)
 
