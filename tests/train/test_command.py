@@ -51,9 +51,11 @@ def test_standard_output_has_results_only(recipe_file, tmp_path, capsys, monkeyp
 
 def test_a_dry_run_writes_nothing(recipe_file, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["train", str(recipe_file), "--output", str(out), "--dry-run"]) == 0
+    words = ["--set", "data.train.split=train[:50%]", "--output", str(out)]
+    assert main(["train", str(recipe_file), *words, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "Nothing is wrong. Next: corelora train" in said
+    words = f"corelora train {recipe_file} '--set=data.train.split=train[:50%]' --output {out}"
+    assert f"Nothing is wrong. Next: {words}\n" in said
     assert "method    nlora" in said
     assert yaml.safe_load(said.split("\nmodel     ")[0])["loop"]["steps"] == 6
     assert not out.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise AssertionError("there is no recipe, and no mistake that says why")
     if arguments.dry_run:
         print(plan(recipe, output))
-        print(f"\nNothing is wrong. Next: corelora train {path} --output {output}")
+        words = ["corelora", "train", str(path), *(f"--set={text}" for text in arguments.set), "--output", str(output)]
+        print(f"\nNothing is wrong. Next: {shlex.join(words)}")
         return 0
     try:
         with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to standard output
