@@ -43,6 +43,12 @@ def test_everything_is_told_at_once(tmp_path):
     assert "there is no column 'query'. Did you mean 'querry'?" in found[2]
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "query,response\n")])
+def test_a_file_without_rows(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert check_data(part(tmp_path / name)) == [f"data.train: {tmp_path / name}: there is no row in it"]
+
+
 def test_an_unknown_form_and_a_missing_file_together(tmp_path):
     found = check_data(part(tmp_path / "a.jsonl", "metamaths"))
     assert "data.form: unknown form 'metamaths'. Did you mean 'metamath'?" in found[0]

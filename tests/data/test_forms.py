@@ -71,6 +71,7 @@ def test_both_ways_to_write_turns_read_the_same():
         ([*TURNS[1:3], TURNS[0], *TURNS[3:]], "turn 3 is the system's"),
         ([{"role": "usr", "content": "x"}], "turn 1: unknown role 'usr'. Did you mean 'user'?"),
         ([{"content": "x"}], "unknown role None"),
+        ([{"role": ["user"], "content": "x"}], "unknown role ['user']"),
         ([TURNS[1], {"role": "assistant", "content": " "}], r"turn 2 (assistant) is empty"),
         ([TURNS[1], {"role": "assistant", "content": None}], "turn 2: content must be a text, found null"),
         ([TURNS[1], {"role": "assistant", "content": "\ud83d"}], "turn 2: half of a surrogate pair"),

@@ -125,9 +125,23 @@ def test_every_mistake_at_once(tmp_path):
         assert message in found
 
 
+def test_a_key_given_twice_is_named_with_its_lines(tmp_path):
+    """PyYAML by itself keeps the last one, and the settings of the first are lost."""
+    with pytest.raises(CoreLoraError, match="key 'optim' is given twice, in lines 6 and 7"):
+        read_yaml(file(tmp_path, WHOLE + "optim: {name: sgd}\n"))
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "inf"])
+def test_a_number_is_finite(value):
+    found = problems(WHOLE.replace("lr: 2e-4", f"lr: {value}"))
+    assert found == [f"optim.lr: a number is expected, got {yaml.safe_load(value)!r}"]
+
+
 def test_numbers_out_of_range():
     """A part's own checks, each with its path."""
-    text = WHOLE.replace("optim: {lr: 2e-4}", "optim: {lr: -1, rates: {C: 1, A: 0}}\nloop: {steps: 0, report_to: [x]}")
+    optim = "optim: {lr: -1, eps: 0, rates: {C: 1, A: 0}}"
+    text = WHOLE.replace("optim: {lr: 2e-4}", f"{optim}\nloop: {{steps: 0, seed: -1, report_to: [x]}}\n")
+    text += "stats: {batches: 0}\n"
     found = "\n".join(problems(text))
     for message in (
         "optim.lr must be above 0, got -1.0",
@@ -135,6 +149,9 @@ def test_numbers_out_of_range():
         "optim.rates.A must be above 0",
         "loop.steps must be at least 1, got 0",
         "loop.report_to: unknown 'x'",
+        "optim.eps must be above 0",
+        "loop.seed must be between 0 and 2^32 - 1, got -1",
+        "stats.batches must be at least 1, got 0",
     ):
         assert message in found
 

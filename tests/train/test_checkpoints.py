@@ -173,6 +173,16 @@ RUNS = {
     "nora": {"method": {"name": "nora", "r": 4, "target_modules": "all-linear", "dropout": 0.2}},
     "rmsprop, three rates": {"optim": {"lr": 1e-3, "name": "rmsprop", "rates": {"B": 4, "core": 2}}},
     "full": {"method": {"name": "full"}},
+    "adalora": {
+        "method": {
+            "name": "adalora",
+            "target_modules": "all-linear",
+            "target_r": 2,
+            "init_r": 6,
+            "tinit": 1,
+            "tfinal": 2,
+        }
+    },
     "packed": {"data": {"packing": True}},
     "folded": {"loop": {"fold": True}},
     "classifier": {"task": "classify", "data": {"form": "sst2"}, "method": {"name": "nlora", "r": 4}},
@@ -352,6 +362,17 @@ def test_a_recipe_that_no_run_wrote_is_not_replaced(folder, tmp_path):
     with pytest.raises(CoreLoraError, match=r"recipe\.yaml was not written by a run"):
         train(make_recipe(folder), tmp_path)
     assert (tmp_path / "recipe.yaml").read_text() == "task: instruct\n"
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "adapter/adapter_model.safetensors", "metrics.jsonl"])
+def test_what_no_run_wrote_is_not_replaced(folder, tmp_path, name):
+    """The user's own model, adapter or metrics, with --output in their folder."""
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("mine")
+    with pytest.raises(CoreLoraError, match=f"no run wrote its {name.partition('/')[0]}, which this one would replace"):
+        train(make_recipe(folder, method={"name": "full"}), tmp_path)
+    assert own.read_text() == "mine"
 
 
 HOLD = """

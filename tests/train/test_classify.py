@@ -20,6 +20,7 @@ from transformers import (
 
 from corelora.errors import CoreLoraError
 from corelora.folders import open_model
+from corelora.train.dry_run import plan
 from corelora.train.models import head_names
 from corelora.train.run import build_model, train
 from corelora.train.tasks import TASKS
@@ -163,3 +164,13 @@ def test_the_loss_of_predictions(bert):
     scores, wanted = generator.normal(size=(7, 1)), generator.normal(size=7)
     found = TASKS["classify"].measure(classify(bert, "stsb"))(EvalPrediction(scores, wanted))
     assert found["loss"] == pytest.approx(float(np.mean((scores[:, 0] - wanted) ** 2)))
+
+
+def test_rows_longer_than_the_models_positions(bert, tmp_path):
+    """BERT has a table of 128 here; a model without one would read on."""
+    rows = write_rows(tmp_path / "long.jsonl", [{"sentence": "word " * 40, "label": n % 2} for n in range(8)])
+    data = {"train": {"path": str(rows)}, "test": None, "form": "sst2", "max_length": 300}
+    recipe = make_recipe(bert, task="classify", data=data, method={"name": "lora", "r": 2})
+    assert "made for rows of 128 tokens, and data.max_length is 300" in plan(recipe, tmp_path / "run")
+    with pytest.raises(CoreLoraError, match=r"rows have up to 200 tokens.* lower data.max_length to 128"):
+        train(recipe, tmp_path / "run")

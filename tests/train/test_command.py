@@ -8,6 +8,7 @@ import yaml
 from corelora.cli import main
 from corelora.recipe.tree import as_data
 from corelora.train import run as run_module
+from corelora.train.progress import MetricsFile
 from train.helpers import make_recipe
 
 
@@ -50,9 +51,11 @@ def test_standard_output_has_results_only(recipe_file, tmp_path, capsys, monkeyp
 
 def test_a_dry_run_writes_nothing(recipe_file, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["train", str(recipe_file), "--output", str(out), "--dry-run"]) == 0
+    words = ["--set", "data.train.split=train[:50%]", "--output", str(out)]
+    assert main(["train", str(recipe_file), *words, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "Nothing is wrong. Next: corelora train" in said
+    words = f"corelora train {recipe_file} '--set=data.train.split=train[:50%]' --output {out}"
+    assert f"Nothing is wrong. Next: {words}\n" in said
     assert "method    nlora" in said
     assert yaml.safe_load(said.split("\nmodel     ")[0])["loop"]["steps"] == 6
     assert not out.exists()
@@ -62,6 +65,30 @@ def test_the_folder_has_the_recipes_name(recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe_file), "--set", "loop.steps=1"]) == 0
     assert (tmp_path / "runs" / "sums" / "results.json").is_file()
+
+
+def test_a_user_who_stops_a_run_is_told_what_is_kept(recipe_file, tmp_path, capsys, monkeypatch):
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetricsFile, "on_step_end", stop)
+    words = ["train", str(recipe_file), "--output", str(tmp_path / "run")]
+    assert main(words) == 130
+    assert "no checkpoint was written yet" in capsys.readouterr().err
+    assert main([*words, "--set", "loop.save_every=2"]) == 130
+    assert (
+        f"the same command goes on after {tmp_path / 'run' / 'checkpoints' / 'checkpoint-2'}" in capsys.readouterr().err
+    )
+
+
+def test_mistakes_in_the_file_and_behind_it_are_told_at_once(recipe_file, tmp_path, capsys):
+    words = ["optim.lrr=1", "loop.steps=x", "method.name=nlra", "data.train.path=nowhere.jsonl", "model.dtype=fp16"]
+    assert main(["train", str(recipe_file), "--output", str(tmp_path / "run"), *(f"--set={w}" for w in words)]) == 2
+    said = capsys.readouterr().err
+    assert "sums.yaml: 5 problems" in said
+    for word in ("Did you mean 'lr'", "loop.steps: a whole", "Did you mean 'nlora'", "nowhere.jsonl", "'float16'"):
+        assert word in said
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,12 @@ def test_all_mistakes_at_once(folder, tmp_path):
         ({"model": {"start_from": "nowhere"}}, "no folder nowhere"),
         ({"model": {"dtype": "bfloat16"}, "loop": {"precision": "float32"}}, "set model.dtype"),
         ({"method": {"name": "full"}, "model": {"quantize": "4bit"}}, "quantised weights can't be trained"),
+        ({"optim": {"name": "galore_adamw"}}, "optim.name: galore_adamw can't be had here"),
+        ({"optim": {"schedule": "cosine_with_min_lr"}}, "optim.schedule: cosine_with_min_lr wants settings"),
+        ({"optim": {"schedule": "warmup_stable_decay"}}, "optim.schedule: warmup_stable_decay wants settings"),
+        ({"optim": {"schedule": "reduce_lr_on_plateau"}}, "give data.test and loop.test_every"),
+        ({"loop": {"test_every": 2}, "data": {"test": None}}, "loop.test_every: there are no test rows"),
+        ({"model": {"attention": "flash"}}, 'model.attention: Specified `attn_implementation="flash"`'),
         ({"data": {"columns": {"question": "qestion"}, "test": None}}, "qestion"),
     ],
 )
@@ -86,6 +92,24 @@ def test_single_mistakes(folder, tmp_path, parts, words):
         check(make_recipe(folder, **parts), tmp_path / "out")
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+
+
+def test_a_folder_with_a_run(folder, tmp_path):
+    recipe = make_recipe(folder, loop={"steps": 2})
+    assert "folder    " not in plan(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run")
+    assert "holds a finished run: nothing would be done" in plan(recipe, tmp_path / "run")
+    with pytest.raises(CoreLoraError, match="holds a run of another recipe"):
+        plan(make_recipe(folder, loop={"steps": 3}), tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert "holds a run that would go on after" in plan(recipe, tmp_path / "run")
+
+
+def test_a_prompt_that_the_tokenizer_cannot_write(weightless, tmp_path):
+    for template in (weightless / "model").glob("chat_template*"):
+        template.unlink()
+    with pytest.raises(CoreLoraError, match="this model has no chat template"):
+        check(make_recipe(weightless, data={"prompt": "chat"}), tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be(folder, tmp_path):

@@ -136,7 +136,9 @@ def test_without_groups_transformers_makes_it(folder, tmp_path):
         ({"schedule": "cosin"}, "Did you mean 'cosine'"),
         ({"name": "lomo", "rates": {"B": 2.0}}, "takes no groups"),
         ({"name": "lora_fa", "rates": {"B": 2.0}}, "lora_fa trains B only"),
-        ({"name": "rmsprop", "betas": [0.9, 0.99]}, "rmsprop has none"),
+        ({"name": "rmsprop", "betas": [0.9, 0.99]}, "rmsprop takes none"),
+        ({"name": "sgd", "eps": 1e-6}, "optim.eps: sgd takes none"),
+        ({"name": "lora_fa", "betas": [0.9, 0.99]}, "optim.betas: lora_fa takes none"),
     ],
 )
 def test_mistakes(settings, words):

@@ -41,6 +41,19 @@ def test_every_method_trains_on_quantised_weights(wide, tmp_path, name, kind):
     assert results["trained_parameters"] == sum(p.numel() for p in trained)
 
 
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_a_test_leaves_the_weights_as_they_are_stored(wide, tmp_path, kind):
+    """In its first pass without gradients bitsandbytes rounds 4-bit weights anew for the CPU."""
+    recipe = make_recipe(wide, method={"name": "nlora", "r": 4}, model={"quantize": kind})
+    run = run_of(recipe, tmp_path)
+    model = build_model(run)
+    batch = run.collator([run.rows["test"].dataset[n] for n in range(2)])
+    before = model.train()(**batch).loss
+    with torch.no_grad():
+        model.eval()(**batch)
+    assert torch.equal(model.train()(**batch).loss, before)
+
+
 def test_a_missing_package_is_named(wide, monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     part = make_recipe(wide, model={"quantize": "8bit"}).model

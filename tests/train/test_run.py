@@ -141,6 +141,7 @@ METHODS = [
     {"name": "adalora", "init_r": 4, "target_r": 2, "target_modules": ["q_proj"]},
     {"name": "boft", "boft_block_size": 4, "target_modules": ["q_proj"]},
     {"name": "ia3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    {"name": "prompt_tuning", "num_virtual_tokens": 4},
     {"name": "full"},
 ]
 

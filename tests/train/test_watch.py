@@ -1,17 +1,16 @@
 """Before and in the first steps: the sample, the stop token, modules that don't learn."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, TrainerCallback
 
 from corelora.errors import CoreLoraError
+from corelora.train.adalora import adalora_of
 from corelora.train.run import train
 from corelora.train.tasks import TASKS, Rows
-from corelora.train.watch import AdaLoraSteps, LearningCheck, first_steps, marked, owner
+from corelora.train.watch import LearningCheck, first_steps, marked, owner
 from train.helpers import make_recipe, save_tokenizer, trainer_of
 
 
@@ -29,7 +28,7 @@ def test_the_sample_is_shown_before_the_first_step(folder, tmp_path, capsys):
     assert text == "[[Itis0.</s>"  # the first row: 0 + 0
 
 
-STOPS = SimpleNamespace(eos_token_id=1)  # of a model's config
+STOPS = PretrainedConfig(eos_token_id=1)  # of a model's config
 
 
 @pytest.fixture
@@ -48,8 +47,17 @@ def test_a_stop_token_that_is_not_trained_is_an_error(rows, tmp_path):
     [problem] = task.row_problems(rows([-100, -100, 9, -100], [-100, 8, 9, -100]), tokenizer, STOPS)
     assert "none of the first 2 rows trains a stop token ('</s>')" in problem
     tokenizer.eos_token = None
-    [problem] = task.row_problems(rows([-100, -100, 9, 1]), tokenizer, SimpleNamespace(eos_token_id=None))
+    [problem] = task.row_problems(rows([-100, -100, 9, 1]), tokenizer, PretrainedConfig(eos_token_id=None))
     assert "the tokenizer has none" in problem
+
+
+def test_a_stop_token_of_the_settings_for_generation(rows, tmp_path):
+    """Some chat models name the token that ends a turn only there."""
+    task, tokenizer = TASKS["instruct"], save_tokenizer(tmp_path)
+    config, made = PretrainedConfig(eos_token_id=1, name_or_path=str(tmp_path)), rows([-100, -100, 9, 4])
+    assert task.row_problems(made, tokenizer, config)
+    GenerationConfig(eos_token_id=[1, 4]).save_pretrained(tmp_path)
+    assert task.row_problems(made, tokenizer, config) == []
 
 
 def test_rows_that_are_cut_do_not_count_for_the_stop_token(tmp_path):
@@ -143,7 +151,7 @@ def test_adalora_moves_its_budget(folder, tmp_path):
     """PEFT's budget shrinks only where somebody calls it with the step."""
     method = {"name": "adalora", "init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "target_modules": "all-linear"}
     trainer = trainer_for(folder, tmp_path, method=method, loop={"steps": 8})
-    assert AdaLoraSteps.needed(trainer.model)
+    assert adalora_of(trainer.model) is not None
     trainer.train()
     ranks = trainer.model.peft_config["default"].rank_pattern
     kept = [sum(mask) for mask in ranks.values()]

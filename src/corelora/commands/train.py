@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 from corelora.commands.output import print_json
-from corelora.errors import CoreLoraError
-from corelora.recipe import Recipe, load_recipe
+from corelora.errors import CoreLoraError, raise_all, sentences
+from corelora.recipe import Recipe
+from corelora.recipe.tree import mended
 
 HELP = "train what a recipe says"
 RUNS = Path("runs")
@@ -32,21 +34,34 @@ def run(arguments: argparse.Namespace) -> int:
         CoreLoraError: packages that training needs are missing; anything wrong with the recipe or the run.
     """
     try:  # here, so that the other commands need none of its packages, nor the time to import them
-        from corelora.train.dry_run import plan
+        from corelora.train.dry_run import check, plan
         from corelora.train.processes import is_main
         from corelora.train.run import train
-        from corelora.train.story import next_steps
+        from corelora.train.story import next_steps, say, where_stopped
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"training needs the package {error.name}. Install: pip install corelora[train]") from None
     path = Path(arguments.recipe)
-    recipe = load_recipe(Recipe, path, arguments.set)
-    output = Path(arguments.output or recipe.output or RUNS / path.stem)
+    recipe, found = mended(Recipe, path, arguments.set)
+    output = Path(arguments.output or (recipe and recipe.output) or RUNS / path.stem)
+    if recipe is None or found:
+        try:
+            if recipe is not None:
+                check(recipe, output)
+        except CoreLoraError as error:
+            found += [text.removeprefix("recipe: ") for text in sentences(error)]
+        raise_all(found, str(path))
+        raise AssertionError("there is no recipe, and no mistake that says why")
     if arguments.dry_run:
         print(plan(recipe, output))
-        print(f"\nNothing is wrong. Next: corelora train {path} --output {output}")
+        words = ["corelora", "train", str(path), *(f"--set={text}" for text in arguments.set), "--output", str(output)]
+        print(f"\nNothing is wrong. Next: {shlex.join(words)}")
         return 0
-    with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to standard output
-        results = train(recipe, output)
+    try:
+        with redirect_stdout(sys.stderr):  # DeepSpeed, where it is installed, logs to standard output
+            results = train(recipe, output)
+    except KeyboardInterrupt:
+        say(f"\n{where_stopped(output)}")
+        raise
     if not is_main():
         return 0
     if arguments.json:

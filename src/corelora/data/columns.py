@@ -160,7 +160,7 @@ def _turn(n: int, turn: Any) -> Read:
     if not isinstance(turn, Mapping):
         return None, f"turn {n}: an object is expected, found {type_name(turn)}"
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         guess = nearest(str(role), ROLES)
         return None, f"turn {n}: unknown role {role!r}.{f' Did you mean {guess!r}?' if guess else ''}"
     if not isinstance(content, str):

@@ -30,6 +30,7 @@ from corelora.tasks.word_problems import Problem, held_out_problems, training_pr
 NAMED = 10  # bad rows that an error names; it counts the rest
 FILE, PLACE = "_file", "_place"  # where a row is from: index of its file, line or row in it
 BUILT_IN = "built-in:"
+NO_ROWS = "there is no row in it"
 
 _SPLIT = re.compile(r"\s*(?P<name>\w[\w.-]*)\s*(\[[^\[\]]*\])?\s*")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -145,7 +146,7 @@ def read_rows(source: SourcePart, columns: Mapping[str, Column], names: Mapping[
     files = [(str(name), str(unit)) for name, unit in json.loads((folder / "files.json").read_text())]
     dataset = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     if not len(dataset):
-        raise CoreLoraError(f"{source.path}: there is no row in it")
+        raise CoreLoraError(f"{source.path}: {NO_ROWS}")
     return _sliced(source, split, Rows(dataset, files, key))
 
 
@@ -175,6 +176,8 @@ def peek(source: SourcePart, wanted: Wanted, count: int) -> tuple[list[tuple[str
         row = _kept(stream, item, wanted, found)
         if row is not None:
             rows.append((f"{stream.name} {item.unit} {item.place}", row))
+    if not rows and not problems and not found.count:
+        problems = [f"{source.path}: {NO_ROWS}"]
     return rows, problems + [f"{source.path}: {text}" for text in found.all()]
 
 

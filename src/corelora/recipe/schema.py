@@ -107,6 +107,8 @@ class OptimPart:
         for name in ("weight_decay", "warmup", "max_grad_norm"):
             if getattr(self, name) < 0:
                 found.append(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.eps is not None and not self.eps > 0:
+            found.append(f"eps must be above 0, got {self.eps}")
         if self.betas is not None and (len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas)):
             found.append(f"betas must be two numbers in [0, 1), got {self.betas}")
         known = ("A", "core", "B", "head")
@@ -149,6 +151,8 @@ class LoopPart:
         found = [f"{n} must be at least 1, got {v}" for n, v in self._counts().items() if v is not None and v < 1]
         if not self.epochs > 0:
             found.append(f"epochs must be above 0, got {self.epochs}")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed must be between 0 and 2^32 - 1, got {self.seed}")
         unknown = [r for r in self.report_to if r not in REPORTERS]
         return found + [f"report_to: unknown {r!r}. Known: {', '.join(REPORTERS)}." for r in unknown]
 
@@ -163,6 +167,10 @@ class StatsPart:
 
     batches: int = setting("Training batches to read.", 16)
     batch_size: int = setting("Rows a batch.", 4)
+
+    def problems(self) -> list[str]:
+        """Numbers out of range."""
+        return [f"{n} must be at least 1, got {v}" for n, v in vars(self).items() if v < 1]
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -21,6 +22,17 @@ class Loader(yaml.SafeLoader):
     """YAML's safe loader, for which 2e-4 is a number, as in YAML 1.2; PyYAML by itself takes it for a text."""
 
 
+def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping without a key that is given twice: PyYAML keeps the last one and says nothing."""
+    seen: dict[str, int] = {}
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        line = key.start_mark.line + 1
+        if seen.setdefault(key.value, line) != line:
+            raise yaml.YAMLError(f"key {key.value!r} is given twice, in lines {seen[key.value]} and {line}")
+    return loader.construct_mapping(node, deep=True)
+
+
+Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -52,14 +64,28 @@ def load_recipe(kind: type[Part], path: str | Path, overrides: Sequence[str] = (
         CoreLoraError: every mistake at once: the file is missing or no YAML, keys that don't exist (with the
             nearest), values of a wrong type, required keys that are missing.
     """
+    built, problems = mended(kind, path, overrides)
+    raise_all(problems, str(path))
+    assert built is not None
+    return built
+
+
+def mended(kind: type[Part], path: str | Path, overrides: Sequence[str] = ()) -> tuple[Part | None, list[str]]:
+    """As `load_recipe`, but mistakes inside the file are returned, so that what comes after can be looked at as well.
+
+    Returns:
+        The tree, where a value that is wrong is as if it were not given; None where it can't do without. And every
+        mistake, one sentence each.
+
+    Raises:
+        CoreLoraError: the file is missing or no YAML.
+    """
     data = read_yaml(Path(path))
     problems: list[str] = []
     for text in overrides:
         problems += _override(data, text)
-    built, found = read_tree(kind, data)
-    raise_all(problems + found, str(path))
-    assert built is not None
-    return built
+    built, found = _read_parts(kind, data, "")
+    return built, problems + found
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -102,6 +128,12 @@ def read_tree(kind: type[Part], data: Mapping[str, Any], where: str = "") -> tup
         The object, or None where something is wrong, and what is wrong, one sentence each. A part's own `problems()`,
         where it has one, is asked once all of its values have the right type.
     """
+    built, found = _read_parts(kind, data, where)
+    return (None if found else built), found
+
+
+def _read_parts(kind: type[Part], data: Mapping[str, Any], where: str) -> tuple[Part | None, list[str]]:
+    """The same, what is wrong left out of the object; None where it can't be made without."""
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     found = [_unknown(where + str(key), str(key), fields) for key in data if key not in fields]
@@ -113,17 +145,21 @@ def read_tree(kind: type[Part], data: Mapping[str, Any], where: str = "") -> tup
                 found.append(f"{path} is missing: {f.metadata.get('help', '')}")
             continue
         choices = f.metadata.get("choices")
-        values[name], wrong = _read_value(hints[name], _switch(data[name], choices), path)
-        found += wrong
-        if choices and not wrong and values[name] is not None and values[name] not in choices:
-            guess = nearest(str(values[name]), choices)
+        value, wrong = _read_value(hints[name], _switch(data[name], choices), path)
+        if choices and not wrong and value is not None and value not in choices:
+            guess = nearest(str(value), choices)
             hint = f" Did you mean {guess!r}?" if guess else ""
-            found.append(f"{path}: unknown value {values[name]!r}.{hint} Known: {', '.join(choices)}.")
-    if found:
+            wrong = [f"{path}: unknown value {value!r}.{hint} Known: {', '.join(choices)}."]
+        found += wrong
+        if not wrong or dataclasses.is_dataclass(value):
+            values[name] = value
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if not required <= values.keys():
         return None, found
     built = kind(**values)
     own = getattr(built, "problems", None)
-    return built, [f"{where}{p}" for p in own()] if own else []
+    outside = [f"{where}{p}" for p in own()] if own and not found else []
+    return (None if outside else built), found + outside
 
 
 def _switch(value: Any, choices: Sequence[str] | None) -> Any:
@@ -188,7 +224,7 @@ def _read_value(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             return None, [f"{path}: keys are expected below it, got {value!r}"]
-        return read_tree(typing.cast(type, hint), value, f"{path}.")
+        return _read_parts(typing.cast(type, hint), value, f"{path}.")
     if hint is Any:
         return value, []
     if origin is list:
@@ -239,7 +275,7 @@ def _read_plain(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
         except (TypeError, ValueError):
             return None, wrong
         if hint is float:
-            return number, []
+            return (number, []) if math.isfinite(number) else (None, wrong)
         return (int(number), []) if number.is_integer() else (None, wrong)
     if hint is str:
         return (str(value), []) if isinstance(value, (str, int, float)) else (None, wrong)

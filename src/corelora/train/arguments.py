@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, TrainingArguments
+from torch import nn
+from transformers import PretrainedConfig, Trainer, TrainingArguments, get_scheduler
 
 from corelora.recipe import Recipe
 from corelora.recipe.schema import ModelPart
@@ -47,6 +48,33 @@ def precision_problems(recipe: Recipe, config: PretrainedConfig | None) -> list[
     if is_whole(recipe.method) and recipe.model.quantize is not None:
         found.append("model.quantize: quantised weights can't be trained; use a method with an adapter.")
     return found
+
+
+def trial_problems(recipe: Recipe, config: PretrainedConfig, output: Path) -> list[str]:
+    """What transformers refuses of a recipe's optimizer and schedule, whose names it knows, tried on one parameter.
+
+    Args:
+        recipe: the run's.
+        config: the model's, for the type of its weights.
+        output: the run folder.
+    """
+    optim = recipe.optim
+    try:
+        arguments = training_arguments(recipe, config, output)
+    except (ValueError, ImportError) as error:
+        return [f"recipe: {' '.join(str(error).split())}"]
+    try:
+        toy: Any = nn.Linear(8, 8)
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, toy)
+        parameters = options.pop("params", None) or options.pop("model", None) or list(toy.parameters())
+        optimizer = cls(parameters, **options)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        return [f"optim.name: {optim.name} can't be had here ({' '.join(str(error).split())})."]
+    try:
+        get_scheduler(optim.schedule, optimizer, num_warmup_steps=1, num_training_steps=10)
+    except (ValueError, TypeError) as error:
+        return [f"optim.schedule: {optim.schedule} wants settings that a recipe has no key for ({error})."]
+    return []
 
 
 def training_arguments(

@@ -24,18 +24,21 @@ from corelora.train import (  # noqa: F401  (they register themselves)
     image_classification,
     instruct,
 )
-from corelora.train.arguments import precision_problems, weight_dtype
+from corelora.train.arguments import precision_problems, trial_problems, weight_dtype
+from corelora.train.checkpoints import newest_checkpoint
 from corelora.train.folder import RunFolder
 from corelora.train.graphs import graph_problems
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
 from corelora.train.methods import clipped_ranks, is_whole
 from corelora.train.methods import problems as method_problems
-from corelora.train.models import load_model_config, model_problems
+from corelora.train.models import load_model_config, model_problems, positions
 from corelora.train.optim import problems as optim_problems
 from corelora.train.optim import rate_problems
+from corelora.train.resume import is_finished, raise_if_another
 from corelora.train.start_from import start_problems
 from corelora.train.tasks import TASKS
 
+NEED_TESTS = ("reduce_lr_on_plateau", "greedy")  # schedules that transformers steps after each test
 STATES = 3  # a checkpoint holds the trained weights and, for AdamW, two states of their size
 
 
@@ -75,7 +78,8 @@ def check(recipe: Recipe, output: Path) -> Facts:
     found = [p for p in (TASKS.miss(recipe.task),) if p]
     found += method_problems(recipe.method)
     sound = not found  # only then there is a model to make
-    found += optim_problems(recipe.optim, recipe.method)
+    optim = optim_problems(recipe.optim, recipe.method) + _test_problems(recipe)
+    found += optim
     found += model_problems(recipe.model)
     found += _reporter_problems(recipe)
     found += start_problems(recipe.model, full=is_whole(recipe.method))
@@ -85,15 +89,19 @@ def check(recipe: Recipe, output: Path) -> Facts:
     try:
         known = recipe.task in TASKS and not data
         config = _config(recipe) if not known else TASKS[recipe.task].load_config(recipe)
+        found += TASKS[recipe.task].processor_problems(recipe) if recipe.task in TASKS else []
     except CoreLoraError as error:
         found.append(str(error))
-    found += precision_problems(recipe, config)
+    precision = precision_problems(recipe, config)
+    found += precision
     found += graph_problems(recipe) if recipe.loop.graphs == "on" else []
     model = None
     if config is not None and sound:
         model, wrong = _on_meta(recipe, config)
         found += wrong
     found += _folder_problems(output)
+    if config is not None and not (optim or precision):
+        found += trial_problems(recipe, config, output)
     if config is None or model is None:
         raise_all(found, "recipe")
         raise AssertionError("a config or model is missing without a problem that says so")
@@ -114,6 +122,10 @@ def plan(recipe: Recipe, output: Path) -> str:
         CoreLoraError: as `check`.
     """
     facts = check(recipe, output)
+    folder = RunFolder(output)
+    finished, kept = is_finished(folder, recipe), newest_checkpoint(folder.checkpoints)
+    raise_if_another(folder, recipe, begun=finished or kept is not None)
+    standing = "a finished run: nothing would be done" if finished else f"a run that would go on after {kept}"
     loop = recipe.loop
     share = 100 * facts.trained / facts.parameters
     length = f"{loop.steps} steps" if loop.steps else f"{loop.epochs:g} epochs"
@@ -124,11 +136,21 @@ def plan(recipe: Recipe, output: Path) -> str:
         f"model     {recipe.model.name}, {facts.parameters:,} parameters, weights in {recipe.model.quantize or dtype}",
         f"method    {recipe.method['name']}, {facts.trained:,} of them train ({share:.2f} %)",
         *([f"          {facts.clipped}"] if facts.clipped else []),
+        *_long_rows(recipe, facts.config),
         f"length    {length} of {loop.batch_size} x {loop.accumulate} rows a device",
+        *([f"folder    {output} holds {standing}"] if finished or kept else []),
         f"disk      {facts.disk / GIB:.2f} GiB of {facts.free / GIB:.2f} GiB free",
         *_memory_lines(recipe, facts.config),
     ]
     return "\n".join(lines)
+
+
+def _long_rows(recipe: Recipe, config: PretrainedConfig) -> list[str]:
+    """Some models can't read more tokens than they were made for, others only do so badly."""
+    places = positions(config) if TASKS[recipe.task].reads_tokens else None
+    if places is None or recipe.data.max_length <= places:
+        return []
+    return [f"          made for rows of {places:,} tokens, and data.max_length is {recipe.data.max_length:,}"]
 
 
 def _memory_lines(recipe: Recipe, config: PretrainedConfig) -> list[str]:
@@ -201,6 +223,16 @@ def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: P
 def _reporter_problems(recipe: Recipe) -> list[str]:
     missing = [name for name in recipe.loop.report_to if importlib.util.find_spec(name) is None]
     return [f"loop.report_to: {name} is not installed. Install it with: pip install {name}" for name in missing]
+
+
+def _test_problems(recipe: Recipe) -> list[str]:
+    """Settings that need tests along the way, which the recipe does not have."""
+    loop, tests = recipe.loop, recipe.data.test is not None
+    found = [] if tests or loop.test_every is None else ["loop.test_every: there are no test rows; give data.test."]
+    if recipe.optim.schedule in NEED_TESTS and not (tests and loop.test_every):
+        schedule = recipe.optim.schedule
+        found.append(f"optim.schedule: {schedule} follows the test loss; give data.test and loop.test_every.")
+    return found
 
 
 def _replaced(output: Path) -> int:

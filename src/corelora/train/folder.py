@@ -60,6 +60,12 @@ class RunFolder:
         """The adapter, or the whole model after full fine-tuning."""
         return self.root / ("model" if full else "adapter")
 
+    @property
+    def made_in_training(self) -> list[Path]:
+        """What a run writes after its recipe, and so replaces where it is there already."""
+        weights = [self.weights(full) for full in (False, True)]
+        return [self.checkpoints, *weights, self.metrics, self.results, self.curve]
+
     def begin(self, recipe: Recipe) -> None:
         """Write the resolved recipe and the versions.
 

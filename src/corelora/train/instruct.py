@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM, EvalPrediction
 from corelora.data.check import check_data
 from corelora.data.collate import IGNORED, ReplyCollator
 from corelora.data.packing import border_problem
+from corelora.data.prompts import PROMPTS
 from corelora.data.replies import encode_replies
+from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 from corelora.train.graphs import row_multiple
+from corelora.train.models import stop_tokens
 from corelora.train.tasks import TASKS, Rows, Task, as_rows
 from corelora.train.trainer import ReplyTrainer
 
@@ -67,13 +70,20 @@ class Instruct(Task):
         problem = border_problem(model, collator) if recipe.data.packing else None
         return [problem] if problem else []
 
+    def processor_problems(self, recipe: Recipe) -> list[str]:
+        """No tokenizer, or one that the prompt can't be written for: without a chat template, without an end token."""
+        try:
+            problem = PROMPTS[recipe.data.prompt].tokenizer_problem(self.load_processor(recipe))
+        except CoreLoraError as error:
+            return [str(error)]
+        return [f"data.prompt: {problem}"] if problem else []
+
     def row_problems(self, rows: Rows, processor: Any, config: Any) -> list[str]:
         """Rows that never train a stop token: the model would not learn to end its replies.
 
         Rows cut at the longest length have lost theirs, and don't count.
         """
-        of_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        stop_ids = {n for n in (*of_config, processor.eos_token_id) if n is not None}
+        stop_ids = stop_tokens(config) | ({processor.eos_token_id} - {None})
         first = rows.dataset.select(range(min(LOOKED_AT, len(rows.dataset))))
         longest = max(len(ids) for ids in first["input_ids"])
         whole = [labels for labels in first["labels"] if len(labels) < longest] or list(first["labels"])
@@ -81,7 +91,7 @@ class Instruct(Task):
             return []
         names = ", ".join(repr(processor.decode([n])) for n in sorted(stop_ids))
         return [
-            f"data: none of the first {len(first)} rows trains a stop token ({names or 'the tokenizer has none'}), so "
+            f"none of the first {len(first)} rows trains a stop token ({names or 'the tokenizer has none'}), so "
             "replies would never end. Use another data.prompt, a larger data.max_length, or a tokenizer with a stop "
             "token."
         ]

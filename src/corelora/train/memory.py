@@ -96,6 +96,8 @@ def step_memory(recipe: Recipe, config: PretrainedConfig, device: str) -> StepMe
     """
     if not TASKS[recipe.task].reads_tokens:
         raise CoreLoraError(f"not known beforehand: steps of {recipe.task} can't be simulated")
+    if (recipe.model.attention or "").startswith("flash"):  # its kernels want values; sdpa's hold about as much
+        recipe = _with(recipe, "model", {"attention": None})
     step = Step(
         batch=recipe.loop.batch_size,
         length=recipe.data.max_length,

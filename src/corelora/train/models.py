@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from corelora.errors import CoreLoraError, unknown_name
 from corelora.recipe.schema import ModelPart
@@ -108,6 +116,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise CoreLoraError(f"model.name: {source!r} can't be loaded ({_first_line(error)})") from None
     if part.quantize is not None:
+        _keep_storage(model)
         kwargs = {"use_reentrant": False}
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs
@@ -144,6 +153,35 @@ def _quantization(kind: str, dtype: torch.dtype | None) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype or torch.bfloat16,
     )
+
+
+def _keep_storage(model: nn.Module) -> None:
+    """Forbid bitsandbytes to put 4-bit weights into another form, rounded anew, in their first test on a CPU.
+
+    A run would not go on as it was where it was cut, and a start that is read after its statistics would be another.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Tokens of a row that a model was made for, where its config says so."""
+    found = config.to_dict().get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None  # DeBERTa and others write -1 or 0 for none
+
+
+def stop_tokens(config: PretrainedConfig) -> set[int]:
+    """The tokens that end a reply, by a model's config and by its settings for generation, which may name more."""
+    named = [config.eos_token_id]
+    if config.name_or_path:
+        with suppress(OSError):  # many models have no such settings
+            commit = getattr(config, "_commit_hash", None)  # of a hub model
+            made = GenerationConfig.from_pretrained(config.name_or_path, revision=commit or "main")
+            named.append(made.eos_token_id)
+    return {n for ids in named for n in (ids if isinstance(ids, list) else [ids]) if n is not None}
 
 
 def model_place(part: ModelPart) -> dict[str, Any]:

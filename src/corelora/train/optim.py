@@ -63,8 +63,10 @@ def problems(part: OptimPart, method: Mapping[str, Any]) -> list[str]:
             f"optim.name: lora_fa projects the gradients of PEFT's LoRA: use it with method.name peft:lora, not "
             f"{method.get('name')!r}; corelora's method lora_fa freezes A with any optimizer."
         )
-    if part.betas is not None and "adam" not in optimizer_name(part):
-        found.append(f"optim.betas: {part.name} has none.")
+    for key, kinds in (("betas", ("adam",)), ("eps", ("adam", "rmsprop"))):
+        takes = part.name != LORA_FA and any(kind in optimizer_name(part) for kind in kinds)
+        if getattr(part, key) is not None and not takes:
+            found.append(f"optim.{key}: {part.name} takes none.")
     return found
 
 

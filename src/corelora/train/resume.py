@@ -89,12 +89,9 @@ def look(folder: RunFolder, recipe: Recipe) -> Standing:
     Raises:
         CoreLoraError: the folder holds another run, or something that is no run.
     """
-    finished = folder.results.is_file() and folder.weights(is_whole(recipe.method)).is_dir()
+    finished = is_finished(folder, recipe)
     checkpoint = None if finished else newest_whole(folder.checkpoints, say)
-    if folder.recipe.is_file() and not folder.versions.is_file():
-        raise CoreLoraError(f"{folder.recipe} was not written by a run, which would replace it: give another --output")
-    if finished or checkpoint:
-        _check_recipe(folder, recipe)
+    raise_if_another(folder, recipe, begun=finished or checkpoint is not None)
     if finished:
         return Standing(results=json.loads(folder.results.read_text(encoding="utf-8")))
     restore_metrics(checkpoint, folder.metrics)
@@ -107,6 +104,33 @@ def look(folder: RunFolder, recipe: Recipe) -> Standing:
     return Standing(checkpoint=checkpoint, seconds=rows[-1]["seconds"] if rows else 0.0)
 
 
+def is_finished(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether a run has ended in this folder."""
+    return folder.results.is_file() and folder.weights(is_whole(recipe.method)).is_dir()
+
+
+def raise_if_another(folder: RunFolder, recipe: Recipe, begun: bool) -> None:
+    """Refuse a folder with another run, or with something that is no run.
+
+    Args:
+        folder: of the run, which need not exist.
+        recipe: the run's.
+        begun: there are results or a checkpoint to go on from; else a run is begun anew, of whatever recipe.
+
+    Raises:
+        CoreLoraError: says what is in it.
+    """
+    if folder.recipe.is_file() and not folder.versions.is_file():
+        raise CoreLoraError(f"{folder.recipe} was not written by a run, which would replace it: give another --output")
+    if not folder.recipe.is_file() and (foreign := [p for p in folder.made_in_training if p.exists()]):
+        raise CoreLoraError(
+            f"{folder.root} holds no recipe.yaml, so no run wrote its {', '.join(p.name for p in foreign)}, which this "
+            "one would replace: give another --output"
+        )
+    if begun:
+        _check_recipe(folder, recipe)
+
+
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:
     """The keys of two recipes that differ and matter, each with both values."""
     old, new = _flat(as_data(before)), _flat(as_data(now))
@@ -115,8 +139,6 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
 
 
 def _check_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    if not folder.recipe.is_file():
-        raise CoreLoraError(f"{folder.root} holds weights or checkpoints but no recipe.yaml: give another --output")
     before, problems = read_tree(Recipe, yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
     if before is None:
         raise CoreLoraError(f"{folder.recipe} is of another version of corelora ({problems[0]}): give another --output")

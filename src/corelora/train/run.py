@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from peft import PeftConfig, get_peft_model
 from transformers import PretrainedConfig, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -20,12 +21,14 @@ from corelora.errors import CoreLoraError, raise_all
 from corelora.fold import fold
 from corelora.kernels.fast import fast_path
 from corelora.recipe import Recipe
+from corelora.train.adalora import AdaLoraSteps, adalora_of
 from corelora.train.arguments import training_arguments
 from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
 from corelora.train.memory import explain, fits, is_out_of_memory
 from corelora.train.methods import adapter_config, clipped_ranks, freeze_below, is_head, is_whole, needs_stats
+from corelora.train.models import positions
 from corelora.train.plots import loss_curve
 from corelora.train.processes import is_main, meet
 from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
@@ -34,7 +37,7 @@ from corelora.train.start_from import load_start, weights_folder
 from corelora.train.statistics import gathered_in_turn, run_stats
 from corelora.train.story import say, shortened
 from corelora.train.tasks import TASKS, Rows, Task
-from corelora.train.watch import AdaLoraSteps, first_steps, marked
+from corelora.train.watch import first_steps, marked
 
 
 @dataclass(kw_only=True)
@@ -198,8 +201,8 @@ def build_trainer(run: Run, model: Any, standing: Standing) -> Any:
     if standing.checkpoint is None:
         callbacks += first_steps(model)
     callbacks += run.task.callbacks(run.recipe, run.folder, run.processor)
-    if AdaLoraSteps.needed(model):
-        callbacks.append(AdaLoraSteps())
+    if adalora_of(model) is not None:
+        callbacks.append(AdaLoraSteps(standing.checkpoint.path if standing.checkpoint else None))
     trainer = run.task.trainer_class()(
         recipe=run.recipe,
         model=model,
@@ -237,13 +240,30 @@ def run_trainer(trainer: Any, run: Run, standing: Standing) -> dict[str, Any]:
 
 @contextmanager
 def memory_advice(run: Run) -> Iterator[None]:
-    """Turn running out of memory into what to change, computed."""
+    """Turn running out of memory, or out of positions, into what to change, computed."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, IndexError, MemoryError) as error:
+        if is_out_of_memory(error):
+            advice = explain(run.recipe, run.config, run.arguments.device.type)
+        elif longer := run.task.reads_tokens and beyond_positions(run):
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            advice = f"{longer} ({first})"
+        else:
             raise
-        advice = explain(run.recipe, run.config, run.arguments.device.type)
     else:
         return
     raise CoreLoraError(advice)  # outside the handler: the error's traceback would keep the tensors alive
+
+
+def beyond_positions(run: Run) -> str | None:
+    """What to say where rows are longer than what the model was made for, which some models can't read; else None."""
+    places = min(positions(run.config) or math.inf, run.processor.model_max_length)
+    lengths = [pc.list_value_length(made.dataset.data.column("input_ids")) for made in run.rows.values()]
+    longest = max(pc.max(column).as_py() for column in lengths)
+    if longest <= places:
+        return None
+    return (
+        f"data.max_length: rows have up to {longest:,} tokens, and this model, made for {places:,}, failed: lower "
+        f"data.max_length to {places}"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from corelora.recipe import Recipe
+from corelora.train.checkpoints import newest_checkpoint
 from corelora.train.folder import RunFolder
 from corelora.train.methods import is_whole
 from corelora.train.tasks import TASKS
@@ -37,6 +38,12 @@ def shortened(text: str, limit: int = SHOWN) -> str:
     if len(text) <= limit:
         return text
     return f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def where_stopped(output: Path) -> str:
+    """What is kept of a run that its user has stopped."""
+    kept = newest_checkpoint(RunFolder(output).checkpoints)
+    return f"the same command goes on after {kept}" if kept else "no checkpoint was written yet: it will begin anew"
 
 
 def next_steps(recipe: Recipe, output: Path, results: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from corelora.data.replies import Encoded
+from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 from corelora.registry import Registry
 from corelora.train.arguments import weight_dtype
@@ -96,13 +97,25 @@ class Task(ABC):
         return load_tokenizer(recipe.model)
 
     def make_meta(self, recipe: Recipe, config: Any) -> nn.Module:
-        """The model on the meta device: shapes and names, no weights."""
-        with torch.device("meta"):
-            model: nn.Module = self.auto_class.from_config(
-                copy.deepcopy(config),
-                dtype=weight_dtype(recipe.model, config),
-                trust_remote_code=recipe.model.trust_remote_code,
-            )
+        """The model on the meta device: shapes and names, no weights.
+
+        Raises:
+            CoreLoraError: it does not have the recipe's attention, or this machine lacks the package for it.
+        """
+        attention = recipe.model.attention
+        options = {} if attention is None else {"attn_implementation": attention}
+        try:
+            with torch.device("meta"):
+                model: nn.Module = self.auto_class.from_config(
+                    copy.deepcopy(config),
+                    dtype=weight_dtype(recipe.model, config),
+                    trust_remote_code=recipe.model.trust_remote_code,
+                    **options,
+                )
+        except (ValueError, ImportError) as error:
+            if attention is None:
+                raise
+            raise CoreLoraError(f"model.attention: {error}") from None
         return model
 
     def load_model(self, recipe: Recipe, config: Any, processor: Any, source: str | None) -> nn.Module:
@@ -151,6 +164,10 @@ class Task(ABC):
     @abstractmethod
     def sample(self, row: Mapping[str, Any], processor: Any) -> list[tuple[str, bool]]:
         """A row as pieces of text, each with whether it is trained."""
+
+    def processor_problems(self, recipe: Recipe) -> list[str]:
+        """Why the rows can't be encoded with what the model has for that, as far as no weights are needed to tell."""
+        return []
 
     def row_problems(self, rows: Rows, processor: Any, config: Any) -> list[str]:
         """Why these rows would train the wrong thing."""

@@ -6,6 +6,7 @@ TRL's SFTTrainer was tried and left: docs/training.md says why.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from corelora.data.collate import IGNORED
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
+from corelora.train.adalora import adalora_of, all_ranks, save_budget
 from corelora.train.checkpoints import ResumableTrainer, newest_checkpoint
 from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output
 from corelora.train.graphs import make_graphs
@@ -44,6 +46,21 @@ class RunTrainer(ResumableTrainer):
             decayed = set(self.get_decay_parameter_names(where))
             self.optimizer = make_optimizer(self.recipe.optim, self.args, where, decayed)
         return super().create_optimizer(model)
+
+    def _save(self, *args: Any, **options: Any) -> None:
+        """With all of AdaLoRA's ranks: the run may go on from here."""
+        with all_ranks(self._trained):
+            super()._save(*args, **options)
+
+    def _save_running(self, folder: Path) -> None:
+        super()._save_running(folder)
+        if adalora_of(self._trained) is not None and self.is_world_process_zero():
+            save_budget(self._trained, folder)
+
+    @property
+    def _trained(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward; before the step's update, stop where something is not finite."""
@@ -91,7 +108,7 @@ class ReplyTrainer(RunTrainer):
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
+            logits = model(**inputs).logits[:, -labels.shape[1] :]  # in front, prompt tuning has tokens of its own
         sums = [_loss_sum(row, wanted) for row, wanted in zip(logits, labels, strict=True)]
         return None, torch.stack(sums), (labels[:, 1:] != IGNORED).sum(dim=1)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
-from peft import AdaLoraModel, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -128,21 +127,6 @@ class LearningCheck(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles, self.modules = [], {}
-
-
-class AdaLoraSteps(TrainerCallback):
-    """AdaLoRA's budget moves with the steps; PEFT leaves that call to the training loop."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Between the update and the clearing of the gradients, which it reads."""
-        inner = model.base_model
-        assert isinstance(inner, AdaLoraModel)
-        inner.update_and_allocate(state.global_step + 1)
-
-    @classmethod
-    def needed(cls, model: nn.Module) -> bool:
-        """Whether the model carries AdaLoRA."""
-        return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)
 
 
 def owner(name: str) -> str:
