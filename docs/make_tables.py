@@ -244,6 +244,18 @@ def graphs() -> str:
     return f"{what}.\n\n" + _table(header, rows)
 
 
+def blocks() -> str:
+    """An adapter's second product whole and in blocks, as `benchmarks/blocks.py` printed it."""
+    rows = []
+    for line in (RESULTS / "blocks-h200.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        if r["q"] == 128 and not r["trans"]:
+            best = [min(v for k, v in r.items() if k.startswith(kind)) for kind in ("rows", "cols")]
+            ratios = [f"{value / r['base']:.3f}" for value in (r["whole"], r["after"], *best)]
+            rows.append([f"{r['o']} x {r['i']}", f"{r['base']:.0f}", *ratios])
+    return _table(["W", "x W^T, µs", "F L first, whole", "F L after", "best in rows", "best in columns"], rows)
+
+
 def gsm8k_time() -> str:
     """How long an evaluation took, and what came out."""
     data = json.loads((RESULTS / "gsm8k-smollm2-base-h100.json").read_text())
@@ -314,6 +326,7 @@ TABLES = {
     "step": bench("step", "step-h200.jsonl"),
     "step-h100": bench("step", "step-h100.jsonl"),
     "graphs": graphs,
+    "blocks": blocks,
     "energy": bench("init", "energy-smollm2.jsonl"),
     "layers-cpu": bench("layers", "layers-cpu.jsonl"),
     "step-cpu": bench("step", "step-cpu.jsonl"),

@@ -4,9 +4,10 @@ What can be chosen is the order (`Order`):
 
 - AFTER   the base product first, the adapter added to its output: one more pass over the output. A slice of W that
           reads the input is then free, being some of the base product's own outputs.
-- BEFORE  the adapter's part first, the base product accumulated into it (beta = 1 of the matrix product). Where only
-          columns of W write, there is no part at all but an edit: W (x + scatter(f)) = W x + W[:, cols] f, so r columns
-          of x change for the time of the base product and are put back bit for bit (edit.py).
+- BEFORE  the adapter's part first, the base product accumulated into it (beta = 1 of the matrix product). Columns of W
+          write by an edit: W (x + scatter(f)) = W x + W[:, cols] f, so r columns of x change for the time of the base
+          product and are put back bit for bit (edit.py). A trained L beside them takes half of the adapter's product,
+          and where there is none, nothing is left of it.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def apply_form(
 ) -> tuple[Tensor, list[Tensor]]:
     """(y[T,o], [U[T,p], ..., F[T,q]]) with U = Rf x, F = G U and y = W x + b + scale Lf F.
 
-    The features are those between the matrices of G; F is left out where it never stood alone.
+    The features are those between the matrices of G. Of F, what columns of W wrote by an edit is left out.
 
     Args:
         x: [T,i].
@@ -133,17 +134,33 @@ def apply_form(
     if choose_order(W.shape[0], x.shape[1], read, write, x) is Order.AFTER:
         return _after(x, W, bias, read, write, small)
     U = x @ read.rows(W).t()
+    if not _edits(x, write, small):
+        features = through(U, small.chain)
+        y = scaled_product(features[-1], write.rows(W.t()), small.scale)
+        if bias is not None:
+            y.add_(bias)
+        return y.addmm_(x, W.t()), features
+    features, last = through(U, small.chain[:-1]), small.last()
     if write.stored is None:
-        features = through(U, small.chain[:-1])
-        edited = add_columns(x, features[-1], small.last(), write.index)
+        edited = add_columns(x, features[-1], last, write.index)
         y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
-        put_back(edited, write.index)
-        return y, features
-    features = through(U, small.chain)
-    y = scaled_product(features[-1], write.rows(W.t()), small.scale)
-    if bias is not None:
-        y.add_(bias)
-    return y.addmm_(x, W.t()), features
+    else:
+        assert last is not None
+        n = write.stored.shape[0]
+        F = features[-1] @ last[:n].t()
+        y = F @ write.stored
+        if bias is not None:
+            y.add_(bias)
+        edited = add_columns(x, features[-1], last[n:], write.index)
+        y.addmm_(x, W.t())
+        features = [*features, F]
+    put_back(edited, write.index)
+    return y, features
+
+
+def _edits(x: Tensor, write: Side, small: Small) -> bool:
+    """Whether columns of W write by an edit; beside a stored L the last matrix of G must be there to be split."""
+    return write.count > 0 and can_edit(x) and (write.stored is None or bool(small.chain))
 
 
 def _after(
