@@ -16,7 +16,7 @@ import pytest
 from compare.helpers import opened, pretend, write_study
 from corelora.cli import main
 from corelora.compare.page import report_study
-from corelora.compare.pool import Device, Pool, Running, Task
+from corelora.compare.pool import MORE, Device, Pool, Running, Task
 from corelora.compare.standing import write_failed
 from corelora.compare.work import Work
 
@@ -118,15 +118,35 @@ def test_a_device_takes_what_fits(folder, tmp_path):
     assert not device.has_room(task(1.0))
 
 
-def test_out_of_memory_beside_others_is_tried_alone(folder, tmp_path):
-    """Once: alone it has failed for good."""
+def test_out_of_memory_beside_others_is_tried_again(folder, tmp_path):
+    """With fewer beside it, at last alone, where it fails for good."""
     run = opened(tmp_path, folder, [GROUPS[0]]).first["methods"][0]
     task = Task(work=Work(recipe=run.recipe, folder=tmp_path), memory=1.0)
-    for neighbours, kind, again in ((True, "memory", True), (True, "other", False), (False, "memory", False)):
+    device = Device(number=0, free=4.0, most=4)
+    pool = Pool([device], lambda task: None)
+
+    def ends(kind, **keys):
         write_failed(tmp_path, "out of memory: ...", kind, "now")
-        ended = Running(task=task, process=None, alive=None, neighbours=neighbours)
-        assert Pool._again_alone(ended) == again
+        again = pool._again(Running(task=task, process=None, alive=None, **keys))
         assert (tmp_path / "failed.json").is_file() != again
+        return again
+
+    device.running = [Running(task=task, process=None, alive=None)] * 3
+    assert device.has_room(task, pool.margin)
+    assert not ends("other", neighbours=True)
+    assert not ends("memory", neighbours=False)
+    assert pool.margin == 1
+    assert ends("memory", neighbours=True, margin=1.0)
+    assert ends("memory", neighbours=True, margin=1.0)  # began before that: nothing new
+    assert pool.margin == MORE
+    assert not device.has_room(task, pool.margin)
+    del device.running[1:]
+    assert device.has_room(task, pool.margin)
+    assert ends("memory", neighbours=True, margin=MORE)
+    assert ends("memory", neighbours=True, margin=MORE**2)
+    assert not device.has_room(task, pool.margin)
+    device.running = []
+    assert device.has_room(task, pool.margin)
 
 
 @pytest.fixture

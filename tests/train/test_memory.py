@@ -6,8 +6,9 @@ import torch
 from corelora.errors import CoreLoraError
 from corelora.train import memory
 from corelora.train import run as run_module
-from corelora.train.memory import changes_that_fit, explain, is_out_of_memory, step_memory
+from corelora.train.memory import changes_that_fit, explain, step_memory
 from corelora.train.models import load_model_config
+from corelora.train.out_of_memory import is_out_of_memory
 from corelora.train.run import memory_advice, train
 from train.helpers import make_recipe, run_of, save_llama, sums, write_rows
 
@@ -109,6 +110,16 @@ def test_the_message(folder):
     assert "use a smaller model" in explain(recipe, config, "cpu", 1000)
 
 
+def test_recorded_steps_hold_what_they_made(folder, monkeypatch):
+    """Beside the passes that are not recorded; on a CPU there are no graphs."""
+    recipe, config = sizes(folder)
+    plain = step_memory(recipe, config, "cuda")
+    monkeypatch.setattr(memory, "has_graphs", lambda recipe: True)
+    graphs = step_memory(recipe, config, "cuda")
+    assert graphs.peak - plain.peak == plain.activations + plain.logits > 0
+    assert step_memory(recipe, config, "cpu").peak < graphs.peak
+
+
 @pytest.mark.parametrize(
     ("error", "wanted"),
     [
@@ -116,6 +127,8 @@ def test_the_message(folder):
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("shapes don't match"), False),
         (ValueError("out of memory"), False),
     ],

@@ -18,6 +18,7 @@ from corelora.plan_memory import GIB
 from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
 from corelora.train.memory import room, step_memory
+from corelora.train.out_of_memory import is_out_of_memory
 from corelora.train.tasks import TASKS
 
 CONTEXT = 0.8 * GIB  # of a CUDA process itself, with the libraries that it loads
@@ -79,5 +80,10 @@ def without_rates(recipe: Recipe) -> str:
 
 
 def _room_of(device: int) -> float:
-    with torch.cuda.device(device):
-        return float(room("cuda"))
+    try:
+        with torch.cuda.device(device):
+            return float(room("cuda"))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CoreLoraError(f"GPU {device} is full: other processes hold all of its memory") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from corelora.compare.standing import FAILED, LOG, write_failed
 from corelora.compare.work import Place, Work, child
 
 POLL = 0.2  # seconds
+MORE = 1.5  # times what was expected of each run, once one had too little memory beside others
 PRELOADED = ["corelora.train.run", "corelora.evaluate.run", "corelora.evaluate.subject"]
 
 
@@ -43,14 +45,19 @@ class Device:
     most: int
     running: list[Running] = field(default_factory=list)
 
-    def has_room(self, task: Task) -> bool:
-        """Whether a task can begin here now."""
+    def has_room(self, task: Task, margin: float = 1.0) -> bool:
+        """Whether a task can begin here now.
+
+        Args:
+            task: what would run.
+            margin: over what is expected of each run.
+        """
         if not self.running:
             return True
-        if len(self.running) >= self.most or task.memory is None:
+        if len(self.running) >= self.most:
             return False
-        taken = [r.task.memory for r in self.running]
-        return all(t is not None for t in taken) and sum(t or 0 for t in taken) + task.memory <= self.free
+        taken = [task.memory, *(r.task.memory for r in self.running)]
+        return all(t is not None for t in taken) and margin * sum(t or 0.0 for t in taken) <= self.free
 
 
 @dataclass(kw_only=True)
@@ -60,7 +67,8 @@ class Running:
     task: Task
     process: Any
     alive: Connection  # our end; closing it ends the process
-    neighbours: bool  # others ran beside it at some time
+    neighbours: bool = False  # others ran beside it at some time
+    margin: float = 1.0  # over what was expected of each run when it began
 
 
 def process_context() -> Any:
@@ -84,6 +92,7 @@ class Pool:
 
     def __init__(self, devices: Sequence[Device], say: Callable[[Task], None]) -> None:
         self.devices, self.say = list(devices), say
+        self.margin = 1.0  # over what is expected of each run
         self.threads = max(1, (os.cpu_count() or 1) // sum(d.most for d in self.devices))
         self.context = process_context()
 
@@ -105,20 +114,17 @@ class Pool:
     def _collect(self, waiting: list[Task], bar: Any) -> None:
         """Take out what has ended; what had too little memory beside others goes back into the queue."""
         for ended in self._ended():
-            if self._again_alone(ended):
-                waiting.append(Task(work=ended.task.work, memory=None))
+            if self._again(ended):
+                waiting.append(ended.task)
             else:
                 bar.update()
                 self.say(ended.task)
 
     def _fill(self, waiting: list[Task]) -> None:
         for device in self.devices:
-            fitting = [t for t in waiting if device.has_room(t)]
-            while fitting:
-                task = fitting[0]
+            while task := next((t for t in waiting if device.has_room(t, self.margin)), None):
                 waiting.remove(task)
                 self._start(device, task)
-                fitting = [t for t in waiting if device.has_room(t)]
 
     def _start(self, device: Device, task: Task) -> None:
         theirs, ours = self.context.Pipe(duplex=False)
@@ -128,7 +134,8 @@ class Pool:
         theirs.close()
         for other in device.running:
             other.neighbours = True
-        device.running.append(Running(task=task, process=process, alive=ours, neighbours=bool(device.running)))
+        beside = bool(device.running)
+        device.running.append(Running(task=task, process=process, alive=ours, neighbours=beside, margin=self.margin))
 
     def _ended(self) -> list[Running]:
         ended = [(d, r) for d in self.devices for r in d.running if not r.process.is_alive()]
@@ -150,13 +157,18 @@ class Pool:
             kind = "memory" if code == -9 else "other"
             write_failed(folder, f"its process ended with {what}; see {folder / LOG}", kind, now)
 
-    @staticmethod
-    def _again_alone(ended: Running) -> bool:
-        """A run that had too little memory beside others gets a second try by itself."""
+    def _again(self, ended: Running) -> bool:
+        """Whether a run is tried again: one that had too little memory beside others, with fewer of them.
+
+        From then on each run counts for more; at last none fits beside another, and one that fails alone has failed.
+        """
         path = ended.task.work.folder / FAILED
         if not ended.neighbours or not path.is_file() or '"kind": "memory"' not in path.read_text(encoding="utf-8"):
             return False
         path.unlink()
+        if ended.margin == self.margin:  # else others that began with it have said so already
+            self.margin *= MORE
+            tqdm.write("memory was short: fewer runs at a time from here on", file=sys.stderr)
         return True
 
     def _end_all(self) -> None:

@@ -19,6 +19,7 @@ from corelora.compare.standing import FAILED, LOG, UPDATES, write_failed
 from corelora.compare.study import Finalists
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
+from corelora.train.out_of_memory import is_out_of_memory
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -82,8 +83,9 @@ def child(work: Work, place: Place, alive: Connection) -> None:
         _do(work, place.threads)
     except Exception as error:
         traceback.print_exc()
-        text = str(error) if isinstance(error, CoreLoraError) else f"{type(error).__name__}: {error}"
-        kind = "memory" if OUT_OF_MEMORY in text else "other"
+        ours = isinstance(error, CoreLoraError)  # its advice begins with these words
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        kind = "memory" if is_out_of_memory(error) or (ours and OUT_OF_MEMORY in text) else "other"
         write_failed(work.folder, text, kind, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
         sys.exit(1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
-from corelora.train.memory import is_out_of_memory
+from corelora.train.out_of_memory import is_out_of_memory
 from corelora.train.processes import launched
 
 WIDTH = 64  # rows of tokens are padded to a multiple: few shapes, few graphs

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import PretrainedConfig
 from corelora.errors import CoreLoraError
 from corelora.plan_memory import GIB, OPTIMIZERS, RESERVE, Step, StepMemory, StepSimulator, largest_batch
 from corelora.recipe import Recipe
+from corelora.train.graphs import has_graphs
 from corelora.train.methods import (
     MANY_STEPS,
     adapter_config,
@@ -109,6 +109,8 @@ def step_memory(recipe: Recipe, config: PretrainedConfig, device: str) -> StepMe
     model = meta_model(recipe, config)
     saved = _saved_by_quantizing(recipe, model)
     memory = StepSimulator(model, step.device, step.fast).measure(step)
+    if device == "cuda" and has_graphs(recipe):  # what was recorded keeps its memory, beside passes that are not
+        memory = replace(memory, activations=2 * memory.activations, logits=2 * memory.logits)
     return replace(memory, weights=memory.weights - saved)
 
 
@@ -184,15 +186,6 @@ def explain(recipe: Recipe, config: PretrainedConfig, device: str, space: int | 
         return f"{first} No change of batch, checkpointing, type, storage and method makes it fit: use a smaller model."
     lines = [f"  - {' '.join(f'--set {s}' for s in c.settings)}   ({c.peak / GIB:.2f} GiB)" for c in fitting]
     return "\n".join([f"{first} What would fit, by estimate, largest effect first:", *lines])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(
-        re.search("not enough memory|out of memory|allocate memory", str(error))
-    )
 
 
 def _together(recipe: Recipe, tried: list[Any], where: tuple[PretrainedConfig, str, int]) -> list[Change]:

@@ -26,9 +26,10 @@ from corelora.train.arguments import training_arguments
 from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
-from corelora.train.memory import explain, fits, is_out_of_memory
+from corelora.train.memory import explain, fits
 from corelora.train.methods import adapter_config, clipped_ranks, freeze_below, is_head, is_whole, needs_stats
 from corelora.train.models import positions
+from corelora.train.out_of_memory import is_out_of_memory
 from corelora.train.plots import loss_curve
 from corelora.train.processes import is_main, meet
 from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
