@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
 from compare.helpers import opened, pretend
 from corelora.compare.charts import pareto
+from corelora.compare.folder import read_study
 from corelora.compare.leaders import leaders
 from corelora.compare.tables import csv_text, leaders_text, list_text, markdown, study_data
 from corelora.errors import CoreLoraError
@@ -164,6 +166,13 @@ def test_published_figures_stand_beside(folder, tmp_path):
     assert "published gsm8k, %" in text
     assert "| 57.7 | 25.00 |" in text
     assert "| 42.3 | 25.00 |" in text
+    moved = study.root.rename(tmp_path / "elsewhere")  # and what it was read from is gone
+    shutil.rmtree(tmp_path / "file")
+    (tmp_path / "paper.json").unlink()
+    there = read_study(moved)
+    assert there.first == study.first
+    assert markdown(there) == text
+    study = there
     study.study.groups[0].published.columns = {"gsm9k": "test_loss"}
     with pytest.raises(CoreLoraError, match=r"no column 'gsm9k'\. It has: gsm8k"):
         markdown(study)

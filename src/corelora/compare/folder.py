@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,11 @@ import yaml
 
 from corelora.compare.expand import Planned, expand
 from corelora.compare.finalists import finalists
+from corelora.compare.parts import kept_in
 from corelora.compare.standing import Standing, stand_all
 from corelora.compare.study import Group, Study
 from corelora.errors import CoreLoraError, raise_all
-from corelora.recipe.tree import as_data, read_tree
+from corelora.recipe.tree import read_tree
 from corelora.train.folder import write_text
 
 STUDY = "study.yaml"
@@ -37,9 +37,8 @@ class StudyFolder:
     first: dict[str, list[Planned]]
 
     def save(self) -> None:
-        """Write the study into its folder, so that a report needs nothing else."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        data = {"where": os.path.relpath(self.where, self.root), **as_data(self.study)}
+        """Write the study into its folder with all that it is built on, so that a report needs nothing else."""
+        data = kept_in(self.root, self.study, self.where)
         write_text(self.root / STUDY, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
     def finalists(self, group: Group) -> list[Planned]:
@@ -78,17 +77,15 @@ def read_study(root: Path) -> StudyFolder:
     """A study from its folder.
 
     Raises:
-        CoreLoraError: the folder holds none, or the recipes that it is built on are gone.
+        CoreLoraError: the folder holds none, or what it is built on is gone.
     """
     path = root / STUDY
     if not path.is_file():
         raise CoreLoraError(f"{root}: no study is here ({STUDY} is missing)")
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    where = root / str(data.pop("where", "."))
-    study, problems = read_tree(Study, data)
+    study, problems = read_tree(Study, yaml.safe_load(path.read_text(encoding="utf-8")))
     raise_all(problems, str(path))
     assert study is not None
-    return open_study(study, where, root)
+    return open_study(study, root, root)
 
 
 def distinct(runs: Sequence[Planned]) -> list[Planned]:
