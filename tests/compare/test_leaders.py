@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 
 from compare.helpers import opened, pretend
-from corelora.compare.charts import pareto
+from corelora.compare.charts import group_charts, pareto
 from corelora.compare.folder import read_study
 from corelora.compare.leaders import leaders
 from corelora.compare.tables import csv_text, leaders_text, list_text, markdown, study_data
@@ -38,8 +39,30 @@ def test_each_at_its_best_rate(folder, tmp_path):
     assert (first.name, dict(first.tuned), first.mean, first.failed) == ("nlora", {"lr": "0.0001"}, 0.5, 2)
     assert (second.name, dict(second.tuned), second.usable) == ("lora", {"lr": "0.01"}, (1e-3, 1e-2))
     assert first.usable == (1e-4, 1e-4)
+    assert (first.edges, second.edges) == (("lr",), ("lr",))  # what is above nlora's best rate has failed; below?
     assert second.early_loss == pytest.approx(2 - 2 / 20)
     assert leaders(study.study.groups[0], study.standings()["rates"], "test_loss", False)[0].name == "lora"
+
+
+def test_a_best_value_at_the_edge_is_said(folder, tmp_path):
+    """A run beyond it that failed shows that there is nothing; one that is missing shows nothing."""
+    axes = {"method": ["lora"], "lr": [1e-4, 1e-3, 1e-2]}
+    study = opened(tmp_path, folder, [{**GROUP, "axes": axes}])
+    tops = {"0.0001": 0.7, "0.001": 0.6, "0.01": None}
+    pretend(study, lambda run: tops[run.labels["lr"]])
+    assert "| lr 0.001 | 0.6000 |" in markdown(study)
+    shutil.rmtree(study.first["rates"][2].folder(study.root))
+    assert "| lr 0.001 (edge) | 0.6000 |" in markdown(study)
+
+
+def test_a_setting_has_one_colour(folder, tmp_path):
+    """In every chart of a group, whichever settings it draws."""
+    study = opened(tmp_path, folder, [GROUP])
+    pretend(study, loss)
+    charts = group_charts(study.study.groups[0], study.standings()["rates"], "test_loss", True)
+    text = json.dumps([chart.to_dict() for chart in charts.values()])
+    domains = set(re.findall(r'"domain": (\["[^]]*\])', text))
+    assert domains == {'["nlora", "lora"]'}
 
 
 def test_finalists_are_the_best_of_each_setting(folder, tmp_path):
@@ -119,7 +142,7 @@ def test_the_tables_say_it(folder, tmp_path):
     text = leaders_text(study)
     assert text.index("nlora") < text.index("lora ")
     assert "0.001 to 0.01 (x10)" in text
-    assert "| nlora | lr 0.0001 | 0.5000 | 1 |" in markdown(study)
+    assert "| nlora | lr 0.0001 (edge) | 0.5000 | 1 |" in markdown(study)
     lines = csv_text(study).splitlines()
     assert lines[0].startswith("group,method,lr,seed,state,run,")
     assert sum("step 3: the loss is nan" in line for line in lines) == 2

@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from corelora.compare.leaders import Leader, leaders
+from corelora.compare.leaders import Leader, is_number, leaders
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 from corelora.plan_memory import GIB
@@ -40,7 +40,8 @@ def group_charts(group: Group, runs: Sequence[Standing], score: str, lower: bool
     for axis in _numeric_axes(group):
         tuned = axis in group.tune
         title = f"{score} over {'learning rate' if axis == 'lr' else axis.replace('_', ' ')}"
-        charts[title] = axis_chart(group, [r for r in runs if not r.run.is_final] if tuned else _of(found), axis, score)
+        shown = [r for r in runs if not r.run.is_final] if tuned else _of(found)
+        charts[title] = axis_chart(group, shown, axis, score, [x.name for x in found])
     for figure, title in COSTS.items():
         if len({x.average(figure) for x in found} - {None}) > 1:
             charts[f"{score} against {title}"] = cost_chart(found, figure, score, lower)
@@ -77,8 +78,16 @@ def scores_chart(found: Sequence[Leader], score: str, lower: bool) -> Any:
     return (spread + dots + ticks).properties(height=ROW * max(3, len(names)), width="container")
 
 
-def axis_chart(group: Group, runs: Sequence[Standing], axis: str, score: str) -> Any:
-    """The score over an axis of numbers, a line for each of the other compared settings; every seed is a dot."""
+def axis_chart(group: Group, runs: Sequence[Standing], axis: str, score: str, first: Sequence[str]) -> Any:
+    """The score over an axis of numbers, a line for each of the other compared settings; every seed is a dot.
+
+    Args:
+        group: of the study.
+        runs: whose figures are drawn.
+        axis: the one along the page.
+        score: the deciding figure.
+        first: names of settings in the order of the group's colours.
+    """
     others = [a for a in group.axes if a not in (axis, *group.tune)]
     rows: list[dict[str, Any]] = [
         {axis: float(r.run.labels[axis]), "setting": _words(r, others), score: value, "seed": r.run.seed}
@@ -87,7 +96,7 @@ def axis_chart(group: Group, runs: Sequence[Standing], axis: str, score: str) ->
     ]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X(f"{axis}:Q", scale=alt.Scale(type="log", nice=False, padding=10), axis=alt.Axis(format="~g")),
-        color=alt.Color("setting:N", title=None),
+        color=_colour([r["setting"] for r in rows], first),
     )
     dots = base.mark_circle(size=45).encode(
         y=alt.Y(f"{score}:Q", scale=_robust(rows, score)), tooltip=["setting", f"{axis}:Q", f"{score}:Q", "seed"]
@@ -109,14 +118,18 @@ def cost_chart(found: Sequence[Leader], figure: str, score: str, lower: bool) ->
         row["front"] = is_best
     frame = pd.DataFrame(rows)
     x = alt.X(
-        "cost:Q", title=COSTS[figure], scale=alt.Scale(type="log", nice=False, padding=20), axis=alt.Axis(format="~s")
+        "cost:Q",
+        title=COSTS[figure],
+        scale=alt.Scale(type="log", nice=False, padding=20),
+        axis=alt.Axis(format="~s" if figure == "trained_parameters" else "~g"),
     )
     y = alt.Y(f"{score}:Q", scale=_robust(rows, score))
     front = (
         alt.Chart(frame[frame.front]).mark_line(interpolate="step-after", strokeDash=[4, 3], clip=True).encode(x=x, y=y)
     )
     dots = alt.Chart(frame).mark_circle(size=70, clip=True)
-    dots = dots.encode(x=x, y=y, color=alt.Color("setting:N", title=None), tooltip=["setting", "cost:Q", f"{score}:Q"])
+    colour = _colour([x.name for x in found])
+    dots = dots.encode(x=x, y=y, color=colour, tooltip=["setting", "cost:Q", f"{score}:Q"])
     return (front + dots).properties(height=HEIGHT, width="container")
 
 
@@ -131,7 +144,7 @@ def curves_chart(found: Sequence[Leader]) -> Any:
     chart = chart.encode(
         x=alt.X("step:Q"),
         y=alt.Y("loss:Q", scale=_robust(rows, "loss")),
-        color=alt.Color("setting:N", title=None, sort=[x.name for x in found]),
+        color=_colour([x.name for x in found]),
         tooltip=["setting", "step", "loss:Q"],
     )
     return chart.properties(height=HEIGHT, width="container")
@@ -151,7 +164,7 @@ def spectra_chart(found: Sequence[Leader]) -> Any:
         .encode(
             x=alt.X("n:Q", title="singular value"),
             y=alt.Y("part of the largest:Q", scale=alt.Scale(type="log", domain=[1e-4, 1], clamp=True)),
-            color=alt.Color("setting:N", title=None),
+            color=_colour([x.name for x in found]),
             tooltip=["setting", "n", "part of the largest:Q"],
         )
     )
@@ -171,7 +184,7 @@ def norms_chart(found: Sequence[Leader]) -> Any:
         .encode(
             x=alt.X("layer:N", title=None),
             y=alt.Y("mean(relative norm):Q", scale=alt.Scale(type="log"), title="norm, as a part of the weight's"),
-            color=alt.Color("setting:N", title=None),
+            color=_colour([x.name for x in found]),
             tooltip=["setting", "layer", "mean(relative norm):Q"],
         )
     )
@@ -194,19 +207,24 @@ def _numeric_axes(group: Group) -> list[str]:
     return [
         a
         for a, values in group.axes.items()
-        if isinstance(values, list) and len(values) > 1 and all(map(_is_number, values))
+        if isinstance(values, list) and len(values) > 1 and all(map(is_number, values))
     ]
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and float(value) > 0
-    except (TypeError, ValueError):
-        return False
 
 
 def _of(found: Sequence[Leader]) -> list[Standing]:
     return [run for leader in found for run in leader.runs]
+
+
+def _colour(names: Sequence[str], first: Sequence[str] = ()) -> Any:
+    """A colour for each setting, the same in every chart of a group.
+
+    Args:
+        names: the settings that are drawn.
+        first: the group's settings, whose colours come first where any of them is drawn.
+    """
+    domain = list(dict.fromkeys([*(first if set(first) & set(names) else ()), *names]))
+    scale = alt.Scale(domain=domain, scheme="tableau10" if len(domain) <= 10 else "tableau20")
+    return alt.Color("setting:N", title=None, scale=scale)
 
 
 def _words(run: Standing, axes: Sequence[str]) -> str:

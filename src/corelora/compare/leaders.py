@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
@@ -35,6 +36,7 @@ class Leader:
     failed: int
     missing: int
     usable: tuple[float, float] | None
+    edges: tuple[str, ...] = ()
     noise: bool | None = None
 
     @property
@@ -102,6 +104,7 @@ def _leader(group: Group, setting: Labels, runs: Sequence[Standing], score: str,
         failed=sum(run.state == "failed" for run in runs),
         missing=sum(run.state == "missing" for run in runs),
         usable=_usable(group, tuned, firsts),
+        edges=_edges(runs, tuned),
     )
 
 
@@ -134,6 +137,25 @@ def _usable(group: Group, best: Labels, firsts: Mapping[Labels, float]) -> tuple
     while high + 1 < len(rates) and rates[high + 1][1]:
         high += 1
     return rates[low][0], rates[high][0]
+
+
+def _edges(runs: Sequence[Standing], best: Labels) -> tuple[str, ...]:
+    """Tuned axes of numbers whose best value is the smallest or largest one tried, runs that failed included."""
+    found = []
+    for axis, value in best:
+        tried = {r.run.labels[axis] for r in runs if r.state != "missing"}
+        if len(tried) > 1 and all(map(is_number, tried)):
+            numbers = [float(t) for t in tried]
+            found += [axis] if float(value) in (min(numbers), max(numbers)) else []
+    return tuple(found)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of an axis, or its label, is a number above zero."""
+    try:
+        return not isinstance(value, bool) and float(value) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def _with_noise(leader: Leader, best: Leader) -> Leader:

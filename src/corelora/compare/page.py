@@ -15,7 +15,7 @@ from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
-from corelora.compare.tables import SAME, csv_text, group_leaders, leader_rows, markdown
+from corelora.compare.tables import EDGE, SAME, csv_text, group_leaders, leader_rows, markdown
 from corelora.train.folder import write_text
 
 HERE = Path(__file__).parent
@@ -70,10 +70,11 @@ def _summary(runs: Sequence[Standing]) -> str:
     count = {state: sum(s.state == state for s in runs) for state in ("done", "failed", "missing")}
     seconds = sum((s.results or {}).get("seconds", 0) for s in runs)
     shown = ", ".join(f"{n} {state}" for state, n in count.items() if n)
+    edge = f"{EDGE.strip()} follows a best value beyond which nothing was tried: there may be a better one."
     return (
         f"<p>{len(runs)} runs: {shown}; {seconds / 3600:.2f} hours of running. Each setting is judged at its best "
         f"tuned value. {SAME} marks what is within noise of the best: two standard errors of the difference over "
-        "seeds; a single seed can't say.</p>"
+        f"seeds; a single seed can't say. {edge}</p>"
     )
 
 

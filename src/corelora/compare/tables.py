@@ -15,6 +15,7 @@ from corelora.compare.study import Group
 from corelora.plan_memory import GIB
 
 SAME = "≈"  # marks settings whose distance from the best is within noise
+EDGE = " (edge)"  # follows a best value beyond which nothing was tried
 
 
 def group_leaders(folder: StudyFolder, group: Group, runs: Sequence[Standing]) -> list[Leader]:
@@ -42,7 +43,7 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
     for leader in found:
         for axis, value in leader.setting:
             columns[axis].append(value)
-        _add(columns, "best at", _shown(leader.tuned))
+        _add(columns, "best at", _shown(leader.tuned, leader.edges))
         _add(columns, score, _score(leader))
         _add(columns, "seeds", str(len(leader.scores) or ""))
         for name in _suite_scores(found):
@@ -170,8 +171,8 @@ def _usable(leader: Leader) -> str:
     return f"{low:g} to {high:g} (x{high / low:.3g})" if high > low else f"{low:g}"
 
 
-def _shown(labels: Labels) -> str:
-    return ", ".join(f"{axis} {value}" for axis, value in labels)
+def _shown(labels: Labels, edges: Sequence[str]) -> str:
+    return ", ".join(f"{axis} {value}{EDGE if axis in edges else ''}" for axis, value in labels)
 
 
 def _number(value: float | None, form: str = "{:.4f}") -> str:
