@@ -90,7 +90,7 @@ def steep(count: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sketch_has_nearly_the_best_directions(dtype, monkeypatch):
-    """Four directions from sketches of 9 and 19: they keep 99 % of what the exact ones keep, in bfloat16 too."""
+    """Four directions from sketches of 24 and 49: they keep 99 % of what the exact ones keep, in bfloat16 too."""
     monkeypatch.setattr(corelora.gradients, "EXACT", 0)
     batches = [x.to(dtype) for x in steep(4)]
     G = autograd_gradients(Wide(), steep(4), squares)["layer"]
@@ -110,7 +110,7 @@ def test_a_sketch_has_nearly_the_best_directions(dtype, monkeypatch):
     ("layer", "x", "rank"),
     [
         (nn.Linear(96, 80), torch.randn(5, 96), 3),
-        (nn.Conv2d(16, 32, 3), torch.randn(1, 16, 4, 4), 2),
+        (nn.Conv2d(16, 64, 3), torch.randn(1, 16, 4, 4), 2),
         (nn.Embedding(96, 80), torch.arange(5)[None], 3),
     ],
     ids=["linear", "conv", "embedding"],
@@ -131,7 +131,7 @@ def test_a_sketch_is_smaller_than_the_gradient():
     """What is held for a large layer: (o + k) and (l + i) thin matrices, not o x i."""
     large = corelora.gradients._Sum(view_of(nn.Linear(4096, 2048, device="meta")), 16, 0)
     assert not large.is_whole
-    assert (large.omega.shape, large.psi.shape) == ((4096, 33), (67, 2048))
+    assert (large.omega.shape, large.psi.shape) == ((4096, 48), (97, 2048))
     assert corelora.gradients._Sum(view_of(nn.Linear(64, 64)), 16, 0).is_whole
 
 
@@ -175,6 +175,8 @@ def test_what_follows_a_layer_may_change_its_output_in_place():
 def test_errors():
     """No batch, no match, no loss, masked labels, NaN, a rank of nothing."""
     model = llama()
+    with pytest.raises(CoreLoraError, match="small gradients are lost in float16"):
+        collect_gradients(llama().half(), rows(1), 2, progress=False)
     masked = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}
     for batches, settings, message in (
         ([], {}, "no batch was given"),

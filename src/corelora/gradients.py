@@ -5,8 +5,8 @@ output's gradient dy, which hooks see (dy^T x for a linear layer, the view's own
 are added up as they are. Of a larger one two sketches are kept, G Omega[o,k] and Psi G[l,i], which are linear in G and
 so add up over batches; G itself lives for one layer and batch at a time.
 
-Tropp et al. 2017, "Practical sketching algorithms for low-rank matrix approximation": the sketch and its sizes
-k = 2n + 1, l = 2k + 1 for n triplets.
+Tropp et al. 2017, "Practical sketching algorithms for low-rank matrix approximation", has the sketch. Sizes for n
+triplets: k = 2n + 16, l = 2k + 1. Gradients of a language model have flat spectra behind their first directions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from corelora.registry import STATS
 from corelora.spec import AdapterSpec
 
 EXACT = 2**20  # numbers: gradients up to this size are kept whole
+MORE = 16  # directions of a sketch beside twice those asked for, which matter where those are few
 
 Batch = Mapping[str, Any] | Tensor
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -102,7 +103,7 @@ class _Sum:
     def __init__(self, view: View, rank: int, seed: int) -> None:
         o, i = view.shape
         self.view, self.n = view, min(rank, o, i)
-        k = min(2 * self.n + 1, o, i)
+        k = min(2 * self.n + MORE, o, i)
         l = min(2 * k + 1, o)  # noqa: E741  (the paper's letter)
         self.is_whole = o * i <= max(EXACT, o * k + l * i)
         self.generator = torch.Generator().manual_seed(seed)
@@ -181,10 +182,10 @@ def collect_gradients(
     """Run the model over batches forward and backward and keep the top triplets of each layer's mean gradient.
 
     Each batch counts the same. No weight gets a gradient, and nothing in the model is changed. Held for each layer of
-    W[o,i] are at most (o + i) l numbers, l = 4 rank + 3, or the gradient itself where it has up to 2^20 numbers.
+    W[o,i] are at most (o + i) l numbers, l = 4 rank + 33, or the gradient itself where it has up to 2^20 numbers.
 
     Args:
-        model: the model, in whatever mode and of any float type; dropout is switched off meanwhile.
+        model: the model, in whatever mode, not in float16; dropout is switched off meanwhile.
         batches: mappings of model inputs with labels, or what `loss` takes.
         rank: triplets to keep: the adapter's r (LoRA-GA: 2 r), or a layer's smaller side where that is less.
         target_modules: names (suffixes) to record. Where None or "all-linear", all layers of a supported kind but
@@ -197,10 +198,13 @@ def collect_gradients(
         The statistics, ready for `CoreLoraConfig(stats=...)`. Layers whose gradient is zero are not in them.
 
     Raises:
-        CoreLoraError: no layer matches, there is no batch, no layer got a gradient, or a loss is not finite.
+        CoreLoraError: no layer matches, there is no batch, no layer got a gradient, a loss is not finite, or weights
+            are in float16.
     """
     if rank < 1:
         raise CoreLoraError(f"collect_gradients: rank must be at least 1, got {rank}")
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        raise CoreLoraError("collect_gradients: small gradients are lost in float16: load the model in another type")
     layers = measured_layers(model, target_modules, "collect_gradients")
     if target_modules is None or "all-linear" in target_modules:
         layers = _inner(model, layers)
