@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import corelora.spec
 from corelora import CoreLoraConfig, InputStats
 from corelora.errors import CoreLoraError, UnknownSettingError
-from corelora.registry import METHODS
+from corelora.registry import METHODS, OUTERS
 
 
 def llama(seed: int = 0) -> LlamaForCausalLM:
@@ -74,7 +74,7 @@ WRONG = {
     "bias": ({"bias": "lora_only"}, r"unknown bias 'lora_only'\. Did you mean 'corelora_only'"),
     "on_small_layer": ({"on_small_layer": "clp"}, r"unknown on_small_layer 'clp'\. Did you mean 'clip'"),
     "svd_solver": ({"svd_solver": "exat"}, r"unknown svd_solver 'exat'\. Did you mean 'exact'"),
-    "stats": ({"method": "nora", "stats": 3}, r"stats must be an InputStats, a path or 'weight', got 3"),
+    "stats": ({"method": "nora", "stats": 3}, r"stats must be statistics, a path or 'weight', got 3"),
     "target_parameters": ({"target_parameters": ["w"]}, r"target_parameters is not supported: name modules"),
     "layers_pattern": ({"layers_pattern": "layers"}, r"layers_pattern needs layers_to_transform"),
     "newer format": ({"adapter_format": 99}, r"file format 99, but this corelora reads up to 1: upgrade corelora"),
@@ -423,7 +423,7 @@ def test_init_weights_false_gives_random_trained_factors(method):
     """PEFT's own tests ask for it: an adapter that changes the output at once, whatever its method's start."""
     base = llama()
     before = base(IDS).logits
-    stats = "weight" if method == "nora" else None
+    stats = "weight" if OUTERS[METHODS[method].default.outer].needs_stats else None
     conf = CoreLoraConfig(method=method, r=4, target_modules=["q_proj"], init_weights=False, stats=stats)
     model = get_peft_model(base, conf).eval()
     trained = [p for p in model.parameters() if p.requires_grad]

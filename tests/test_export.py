@@ -36,6 +36,7 @@ import corelora
 from corelora import CoreLoraConfig, export_lora, export_merged
 from corelora.errors import CoreLoraError
 from corelora.exportcheck import bare
+from corelora.registry import METHODS, OUTERS
 from corelora.tuner_layer import CoreLoraLayer
 from laws.cases import variants
 
@@ -106,9 +107,12 @@ TARGETS = {"llama": "all-linear", "bert": ["query", "value", "dense"]}
 
 def trained(kind: str, method: str, variant: str) -> PeftModel:
     model = base(kind)
-    stats = None
-    if method == "nora":
-        stats = corelora.collect_stats(model, [{"input_ids": ids(), "attention_mask": torch.ones_like(ids())}])
+    batches = [{"input_ids": ids(), "attention_mask": torch.ones_like(ids()), "labels": ids()}]
+    wanted, stats = OUTERS[METHODS[method].default.outer].stats, None
+    if wanted == "input":
+        stats = corelora.collect_stats(model, batches)
+    elif wanted == "gradient":
+        stats = corelora.collect_gradients(model, batches, 8)
     config = CoreLoraConfig(method=method, variant=variant, r=4, alpha=6, target_modules=TARGETS[kind], stats=stats)
     model = get_peft_model(model, config)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)

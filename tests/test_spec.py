@@ -126,7 +126,7 @@ def test_nearest_and_lists_of_problems():
 def test_every_method_of_the_papers_is_there():
     """The table of methods, and that each says where it comes from and where it departs."""
     wanted = {"flora", "inttune", "lora", "lora_fa", "lora_mini", "lora_xs", "moslora"}
-    wanted |= {"nlora", "nora", "pissa", "slora"}
+    wanted |= {"nlora", "nora", "pissa", "slora", "lora_sb", "lora_ga"}
     assert wanted <= set(list_methods())
     for name in sorted(wanted):
         method = METHODS[name]

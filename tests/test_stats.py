@@ -255,7 +255,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("corelora.stats.save_file", broken)
+    monkeypatch.setattr("corelora.measured.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         InputStats({"layer": torch.zeros(3)}).save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors"]

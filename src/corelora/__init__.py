@@ -8,6 +8,7 @@ from corelora.checks import GradientCheck, GradientCheckCallback, check_training
 from corelora.config import CoreLoraConfig  # noqa: E402
 from corelora.export import ExportReport, export_lora  # noqa: E402
 from corelora.fold import fold, unfold  # noqa: E402
+from corelora.gradients import GradientStats, collect_gradients  # noqa: E402
 from corelora.merged import export_merged  # noqa: E402
 from corelora.spec import list_methods, register_method  # noqa: E402
 from corelora.stats import InputStats, collect_stats  # noqa: E402
@@ -17,8 +18,10 @@ __all__ = [
     "ExportReport",
     "GradientCheck",
     "GradientCheckCallback",
+    "GradientStats",
     "InputStats",
     "check_training",
+    "collect_gradients",
     "collect_stats",
     "export_lora",
     "export_merged",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,19 +95,19 @@ class CoreAdapter:
 
     # -- starting ------------------------------------------------------------------------------------------------
 
-    def start(self, weight: BaseWeight, d: Tensor | None, key: str, init: bool = True) -> dict[str, Factor]:
+    def start(self, weight: BaseWeight, found: Any, key: str, init: bool = True) -> dict[str, Factor]:
         """Make the factors and give them their first values.
 
         Args:
             weight: the base weight; starts read it in float32.
-            d: [i], the channel scale for AwSVD, or None.
+            found: what was measured on this layer (`Outer.stats`), or None.
             key: the layer's name; with `spec.seed` it seeds whatever is sampled.
             init: False gives random non-zero trained factors (PEFT's `init_weights=False`).
 
         Returns:
             The factors by name, on the weight's device.
         """
-        outer = OUTERS[self.spec.choices.outer].make(weight, self.spec, d, self._generator(key))
+        outer = OUTERS[self.spec.choices.outer].make(weight, self.spec, found, self._generator(key))
         values = self.first_values(outer)
         factors = {name: Factor(plan) for name, plan in self.plans.items()}
         native = weight.native()

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 import corelora.methods  # noqa: F401  (fills the table of methods)
 from corelora.card import write_card
 from corelora.errors import CoreLoraError, UnknownSettingError, nearest, raise_all, unknown_name
+from corelora.measured import Stats
 from corelora.registry import METHODS, OUTERS
 from corelora.spec import CHOICE_NAMES, VARIANTS, AdapterSpec, Choices, choice_problems, parse_train
-from corelora.stats import InputStats
 
 ADAPTER_FORMAT = 1  # of the adapter's files; a newer one is refused
 
@@ -73,7 +73,7 @@ class CoreLoraConfig(PeftConfig):
     target_parameters: list[str] | None = _help("Not supported: adapters sit on modules.")
     init_weights: bool = _help("False starts all trained factors at random non-zero values, for tests.", True)
 
-    outer: str | None = _help("How A and B begin: kaiming, random, svd, awsvd, nystrom.")
+    outer: str | None = _help("How A and B begin: kaiming, random, svd, awsvd, nystrom, gradient.")
     core: str | None = _help("Structure of the core: none, diagonal, dense, nested, parallel_a, parallel_b.")
     train: list[str] | str | None = _help("Which factors learn: any of A, core, B.")
     start: str | None = _help("'zero', 'as_is' or 'subtract' (the first output is exactly the pretrained model's).")
@@ -85,7 +85,9 @@ class CoreLoraConfig(PeftConfig):
     singular_values: str | None = _help("Where an SVD start puts S: left (B), right (A), split.")
     position: str | None = _help("w_a, w_b or both, for parallel cores and two nested cores in a row.")
 
-    stats: Any = _help("For AwSVD: an InputStats, a path to a saved one, or 'weight'.")
+    stats: Any = _help(
+        "For starts that read statistics (AwSVD: InputStats, gradient: GradientStats): them, a path, or 'weight'."
+    )
     stats_fingerprint: str | None = _help("Fingerprint of the statistics that were used; written on saving.")
     stats_power: float = _help("Exponent of the mean absolute input in AwSVD's scaling.", 0.5)
     svd_solver: str = _help("'auto', 'exact' or 'randomized'.", "auto")
@@ -103,7 +105,7 @@ class CoreLoraConfig(PeftConfig):
         self.targets_given = self.target_modules is not None
         if isinstance(self.stats, os.PathLike):
             self.stats = os.fspath(self.stats)
-        elif isinstance(self.stats, InputStats):  # stays outside the fields: only its fingerprint is written
+        elif isinstance(self.stats, Stats):  # stays outside the fields: only its fingerprint is written
             self.stats_object, self.stats = self.stats, None
             self.stats_fingerprint = self.stats_object.fingerprint
         for name in ("target_modules", "exclude_modules"):
@@ -132,7 +134,12 @@ class CoreLoraConfig(PeftConfig):
             found += choice_problems(self.choices())
         found += self._number_problems()
         if self.stats is not None and not isinstance(self.stats, str):
-            found.append(f"stats must be an InputStats, a path or 'weight', got {self.stats!r}.")
+            found.append(f"stats must be statistics, a path or 'weight', got {self.stats!r}.")
+        if self.store_outer is False and not found and not OUTERS[self.choices().outer].repeatable:
+            found.append(
+                f"store_outer can't be False: the outer factors of {self.choices().outer!r} come from gradients that a "
+                "load does not have."
+            )
         if self.target_parameters:
             found.append("target_parameters is not supported: name modules in target_modules instead.")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -1,7 +1,8 @@
-"""How the outer factors A[r,i] and B[o,r] begin: pure functions of a weight W[o,i] and, for AwSVD, input statistics.
+"""How the outer factors A[r,i] and B[o,r] begin: pure functions of a weight W[o,i] and of what was measured on it.
 
 Every start answers with an `OuterStart`. Slices of W (Nyström) are answered by their indices and transforms, not
 copied: `A0 = a_transform W[rows, :]` and `B0 = W[:, cols] b_transform`, so that a float base needs no storage for them.
+Statistics (stats.py, gradients.py) come in as what one layer's start reads: d[i] for AwSVD, `Triplets` for gradients.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,7 +65,15 @@ class OuterStart:
     channel_scale: Tensor | None = None
 
 
-OuterFunction = Callable[[Weight, AdapterSpec, "Tensor | None", torch.Generator], OuterStart]
+class Triplets(NamedTuple):
+    """The top singular triplets of a matrix[o,i], largest first: U[o,n], S[n], Vh[n,i]."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+OuterFunction = Callable[[Weight, AdapterSpec, Any, torch.Generator], OuterStart]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +81,30 @@ class Outer:
     """An entry of the OUTERS table.
 
     Attributes:
-        make: the function (weight, spec, channel scale d[i] or None, generator) -> OuterStart.
+        make: the function (weight, spec, what was measured or None, generator) -> OuterStart.
         zero_b: B starts at zero.
         needs_rank: r must not exceed the weight's smaller side.
-        needs_stats: wants the channel scale d.
+        stats: the kind of statistics that it reads: "input" (the channel scale d[i]), "gradient" (Triplets), or None.
+        reach: how many times r triplets of a gradient it reads.
         decomposes: costly to make again and sensitive to rounding, so its factors are stored.
+        repeatable: a load could make it again; if not, the file must have its factors.
     """
 
     make: OuterFunction
     zero_b: bool = False
     needs_rank: bool = False
-    needs_stats: bool = False
+    stats: str | None = None
+    reach: int = 1
     decomposes: bool = False
+    repeatable: bool = True
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether it reads statistics."""
+        return self.stats is not None
 
 
-def outer_start(name: str, **properties: bool) -> Callable[[OuterFunction], OuterFunction]:
+def outer_start(name: str, **properties: Any) -> Callable[[OuterFunction], OuterFunction]:
     """Decorator that adds a function to the OUTERS table under `name`.
 
     A factor that may be frozen must be drawn from the function's generator: `store_outer: false` draws it again.
@@ -123,7 +141,7 @@ def random(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch
     return OuterStart(A=kaiming_uniform((spec.r, i), generator), B=kaiming_uniform((o, spec.r), generator))
 
 
-def truncated_svd(W: Tensor, r: int, solver: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(W: Tensor, r: int, solver: str, generator: torch.Generator) -> Triplets:
     """The top r singular triplets of W[o,i]: U[o,r], S[r], Vh[r,i].
 
     Args:
@@ -144,9 +162,14 @@ def truncated_svd(W: Tensor, r: int, solver: str, generator: torch.Generator) ->
     else:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    return signed(U, S, Vh)
+
+
+def signed(U: Tensor, S: Tensor, Vh: Tensor) -> Triplets:
+    """Triplets U[o,n], S[n], Vh[n,i] with the largest entry of each row of Vh positive."""
     sign = torch.sign(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)))
     sign = torch.where(sign == 0, torch.ones_like(sign), sign)
-    return U * sign.T, S, Vh * sign
+    return Triplets(U * sign.T, S, Vh * sign)
 
 
 def _randomized_svd(W: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -156,7 +179,7 @@ def _randomized_svd(W: Tensor, r: int, generator: torch.Generator) -> tuple[Tens
     128th): four iterations keep 98.6 to 99.98 % of the exact energy there, these on average nine at least 99.97 %.
     """
     width = min(r + max(16, r // 2), min(W.shape))
-    Q = orthonormal(W @ _signs((W.shape[1], width), generator).to(W))
+    Q = orthonormal(W @ random_signs((W.shape[1], width), generator).to(W))
     before = 0.0
     for n in range(POWER_ITERATIONS + 1):
         Y = W.T @ Q
@@ -188,7 +211,7 @@ def orthonormal(Y: Tensor) -> Tensor:
     return Q.to(Y)
 
 
-def _signs(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+def random_signs(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """A matrix of -1 and 1, as good as a Gaussian one for a range finder, of one random bit each."""
     words = torch.empty(-(-shape[0] * shape[1] // 32), dtype=torch.int64).random_(generator=generator)
     bits = (words[:, None] >> torch.arange(32)) & 1
@@ -215,7 +238,7 @@ def svd(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Ge
     return OuterStart(A=A, B=B, singular=S)
 
 
-@outer_start("awsvd", needs_rank=True, needs_stats=True, decomposes=True)
+@outer_start("awsvd", needs_rank=True, stats="input", decomposes=True)
 def awsvd(weight: Weight, spec: AdapterSpec, d: Tensor | None, generator: torch.Generator) -> OuterStart:
     """Activation-aware SVD: W D = U S V^T, B = U S, A = V^T D^-1, so that B A approximates W where inputs are large.
 
@@ -241,6 +264,26 @@ def floored(d: Tensor) -> Tensor:
     if (d < 0).any() or not (d > 0).any():
         raise CoreLoraError("input statistics must be non-negative and not all zero")
     return d.clamp(min=STATS_FLOOR * float(d.mean()))
+
+
+@outer_start("gradient", needs_rank=True, stats="gradient", repeatable=False)
+def gradient(weight: Weight, spec: AdapterSpec, found: Triplets | None, generator: torch.Generator) -> OuterStart:
+    """A[r,i] the top right, B[o,r] the top left singular vectors of the mean gradient of W; LoRA-SB's directions."""
+    U, _, Vh = triplets_for(weight, spec, found, generator)
+    return OuterStart(A=Vh, B=U)
+
+
+def triplets_for(weight: Weight, spec: AdapterSpec, found: Triplets | None, generator: torch.Generator) -> Triplets:
+    """As many of a gradient's triplets as the start reaches for; those of W itself where none were measured.
+
+    W stands in for its gradient under `stats: weight`, where only shapes matter.
+    """
+    n = min(OUTERS[spec.choices.outer].reach * spec.r, *weight.shape)
+    if found is None:
+        W = weight.full()
+        check_finite(W)
+        return truncated_svd(W, n, spec.svd_solver, generator)
+    return Triplets(found.U[:, :n], found.S[:n], found.Vh[:n])
 
 
 @outer_start("nystrom", needs_rank=True)

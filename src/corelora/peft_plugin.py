@@ -27,8 +27,8 @@ from corelora.enums import grow
 from corelora.errors import CoreLoraError, raise_all
 from corelora.layers import LinearView, view_of
 from corelora.loading import has_no_values
-from corelora.registry import OUTERS
-from corelora.stats import channel_scale, stats_problems
+from corelora.measured import given_to, stats_problems
+from corelora.registry import OUTERS, STATS
 from corelora.tuner_layer import PREFIX, CoreLoraLayer
 
 NAME = "corelora"
@@ -92,8 +92,10 @@ class CoreLoraModel(BaseTuner):
             layer.training = target.training
         assert isinstance(layer, CoreLoraLayer)
         spec = peft_config.spec_for(current_key, layer.view.shape)
-        d = channel_scale(self._stats, current_key, layer.view, spec)
-        layer.add_adapter(adapter_name, spec, d, init=bool(peft_config.init_weights), from_file=peft_config.from_file)
+        found = given_to(self._stats, current_key, spec)
+        layer.add_adapter(
+            adapter_name, spec, found, init=bool(peft_config.init_weights), from_file=peft_config.from_file
+        )
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -244,11 +246,9 @@ def _rank_problems(config: CoreLoraConfig, shapes: dict[str, tuple[int, int]]) -
 
 def _load_stats(config: CoreLoraConfig) -> Any:
     """The statistics that a config names: a live object, one read from its path, or None."""
-    from corelora.stats import InputStats
-
     if config.stats_object is not None or config.stats in (None, "weight"):
         return config.stats_object
-    stats = InputStats.load(config.stats)
+    stats = STATS[OUTERS[config.choices().outer].stats or "input"].load(config.stats)
     config.stats_fingerprint = stats.fingerprint
     return stats
 

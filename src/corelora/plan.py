@@ -101,7 +101,7 @@ class MethodPlan:
         file_bytes: the adapter's safetensors file as PEFT trains and saves it: trained factors in float32.
         file_bytes_native: the same with trained factors in the base's type (`autocast_adapter_dtype=False`).
         file_bytes_small: as `file_bytes_native`, with frozen outer factors left out (`store_outer: false`); None where
-            none are stored.
+            none are stored or a load could not make them again.
         memory: what is alive at the peak of a training step.
         length: tokens of a sequence in that step, None where the model reads no tokens.
         largest_batch: the largest batch that fits the GPU, by the line through two batches.
@@ -171,7 +171,8 @@ def _sizes(model: PeftModel, request: PlanRequest, config: PretrainedConfig, met
         "file_bytes": file_bytes(state),
         "file_bytes_native": file_bytes(adapter_state(native)),
     }
-    if any(key.endswith((".corelora_A.start", ".corelora_B.start")) for key in state):
+    repeatable = OUTERS[request.config_for(method).choices().outer].repeatable
+    if repeatable and any(key.endswith((".corelora_A.start", ".corelora_B.start")) for key in state):
         small = adapted_on_meta(config, request.config_for(method, store_outer=False), DTYPES[request.dtype])
         found["file_bytes_small"] = file_bytes(adapter_state(small))
     return found

@@ -6,36 +6,25 @@ linear layer, a kernel column of a convolution, a token of an embedding (there |
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from corelora.errors import CoreLoraError
 from corelora.layers import ConvView, View, view_of
-from corelora.registry import OUTERS
+from corelora.measured import Stats, measured_layers, weight_sample
+from corelora.registry import STATS
 from corelora.spec import AdapterSpec
-from corelora.storage import BaseWeight, backend_of, gathered, wrapped_layer
-
-_FORMAT = "corelora-input-stats-1"
-HOW_TO = (
-    "collect them with `stats = corelora.collect_stats(model, batches)` and pass `stats=stats` (or a path to saved "
-    "ones), or pass `stats='weight'` to use the weight's own column means"
-)
 
 
 @dataclass
-class InputStats:
+class InputStats(Stats):
     """Mean absolute inputs by layer name.
 
     Attributes:
@@ -44,67 +33,45 @@ class InputStats:
         samples: layer name -> a few entries of its weight, which tell whether a model is the same.
     """
 
+    kind = "input"
+    format = "corelora-input-stats-1"
+    how_to = (
+        "collect them with `stats = corelora.collect_stats(model, batches)` and pass `stats=stats` (or a path to saved "
+        "ones), or pass `stats='weight'` to use the weight's own column means"
+    )
+
     mean_abs: dict[str, Tensor]
     tokens: dict[str, int] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def fingerprint(self) -> str:
-        """A short hash of names and values."""
-        digest = hashlib.sha256()
-        for name in sorted(self.mean_abs):
-            digest.update(name.encode())
-            digest.update(self.mean_abs[name].float().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The means."""
+        return {"mean_abs": self.mean_abs}
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file; it appears whole or not at all.
-
-        Args:
-            path: the file's path, `.safetensors` by custom.
-        """
-        tensors = {f"mean_abs/{n}": t.float().contiguous() for n, t in self.mean_abs.items()}
-        tensors |= {f"sample/{n}": t.float().contiguous() for n, t in self.samples.items()}
-        temporary = f"{os.fspath(path)}.tmp"
-        try:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "tokens": json.dumps(self.tokens)})
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):  # only where something broke off
-                os.unlink(temporary)
+    def notes(self) -> dict[str, Any]:
+        """The counts."""
+        return {"tokens": self.tokens}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> InputStats:
-        """Read what `save` wrote.
+    def of(cls, parts: dict[str, dict[str, Tensor]], notes: dict[str, Any], samples: dict[str, Tensor]) -> Self:
+        """As a file has them."""
+        return cls(parts.get("mean_abs", {}), notes["tokens"], samples)
 
-        Raises:
-            CoreLoraError: the file is missing, broken, or holds something else.
+    def given(self, key: str, spec: AdapterSpec) -> Tensor:
+        """d[i] = mean |x_j| ^ power.
+
+        With the power 0.5 this is the NoRA paper's Eq. 3, read as one number for each input channel; ASVD has the
+        power as a setting (Yuan 2023).
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CoreLoraError(f"statistics {os.fspath(path)}: can't be read ({error}); {HOW_TO}") from None
-        if metadata.get("format") != _FORMAT:
-            raise CoreLoraError(f"statistics {os.fspath(path)}: not a file of input statistics; {HOW_TO}")
-        split: dict[str, dict[str, Tensor]] = {"mean_abs": {}, "sample": {}}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            split[kind][name] = tensor
-        return cls(split["mean_abs"], json.loads(metadata["tokens"]), split["sample"])
+        return self.mean_abs[key] ** spec.stats_power
+
+    def misfit(self, key: str, shape: tuple[int, int], count: int) -> str | None:
+        """One number a channel."""
+        found = tuple(self.mean_abs[key].shape)
+        return None if found == (shape[1],) else f"{found} numbers for {shape[1]} channels"
 
 
-def plain_name(key: str) -> str:
-    """A module's name without what PEFT puts around it: "base_model.model.x.base_layer" is "x"."""
-    return key.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def _matches(name: str, targets: str | Iterable[str] | None) -> bool:
-    if targets is None or targets == "all-linear":
-        return True
-    names = [targets] if isinstance(targets, str) else targets
-    return any(name == t or name.endswith(f".{t}") for t in names)
+STATS.add(InputStats.kind, InputStats)
 
 
 class _Running:
@@ -175,11 +142,7 @@ def collect_stats(
     Raises:
         CoreLoraError: no layer matches, there is no batch, or a layer saw no token.
     """
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    names = None if targets is None or "all-linear" in targets else list(targets)
-    layers = {plain_name(key): layer for key, layer in _adaptable(model) if _matches(plain_name(key), names)}
-    if not layers:
-        raise CoreLoraError(f"collect_stats: target_modules {target_modules!r} match no layer of a supported kind")
+    layers = measured_layers(model, target_modules, "collect_stats")
     running = {name: _Running(view_of(layer)) for name, layer in layers.items()}  # type: ignore[arg-type]
     with _recording(model, layers, running) as set_mask:
         seen = 0
@@ -200,28 +163,8 @@ def _result(layers: dict[str, nn.Module], running: dict[str, _Running]) -> Input
     for name, r in running.items():
         if r.total is not None and r.count:
             mean_abs[name] = (r.total / r.count).float().cpu()
-            samples[name] = _sample(layers[name])
+            samples[name] = weight_sample(layers[name])
     return InputStats(mean_abs, {n: running[n].count for n in mean_abs}, samples)
-
-
-def _sample(layer: nn.Module) -> Tensor:
-    view = view_of(layer)
-    assert view is not None
-    with gathered(layer):
-        return BaseWeight(layer, view, backend_of(layer)).sample()
-
-
-def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    inside: list[str] = []
-    for key, module in model.named_modules():
-        if any(key.startswith(p) for p in inside):
-            continue
-        base = wrapped_layer(module)
-        if base is not None:
-            inside.append(key + ".")
-            module = base
-        if view_of(module) is not None:
-            yield key, module
 
 
 @contextmanager
@@ -293,53 +236,3 @@ def _run(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:
     else:
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
         model(**inputs)
-
-
-def channel_scale(stats: InputStats | None, key: str, view: View, spec: AdapterSpec) -> Tensor | None:
-    """d[i] = mean |x_j| ^ power for the layer `key`; None where the start takes none or has the weight's own.
-
-    With the power 0.5 this is the NoRA paper's Eq. 3, read as one number for each input channel; ASVD has the power
-    as a setting (Yuan 2023).
-    """
-    if stats is None or not OUTERS[spec.choices.outer].needs_stats:
-        return None
-    return stats.mean_abs[key] ** spec.stats_power
-
-
-def stats_problems(config: Any, stats: InputStats | None, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Every reason why these statistics can't serve these layers, one sentence each.
-
-    Args:
-        config: the CoreLoraConfig.
-        stats: the statistics; None where there are none or the weight's own serve.
-        layers: the targeted layers by name.
-    """
-    if stats is None:
-        method = f"method {config.method!r} (outer 'awsvd')"
-        return [] if config.stats == "weight" else [f"{method} needs input statistics: {HOW_TO}."]
-    missing = [k for k in layers if k not in stats.mean_abs]
-    if missing:
-        return [
-            f"the statistics are of another model or other layers: nothing for {', '.join(missing[:4])}"
-            f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. {HOW_TO.capitalize()}."
-        ]
-    problems = [_layer_problem(k, layer, stats) for k, layer in layers.items()]
-    found = [p for p in problems if p]
-    return found[:8] + ([f"{len(found) - 8} more layers have the like."] if len(found) > 8 else [])
-
-
-def _layer_problem(key: str, layer: nn.Module, stats: InputStats) -> str | None:
-    base = wrapped_layer(layer) or layer
-    view, values = view_of(base), stats.mean_abs[key]
-    assert view is not None
-    if values.shape != (view.shape[1],):
-        return (
-            f"{key}: the statistics are of another model: {tuple(values.shape)} numbers for {view.shape[1]} channels."
-        )
-    if not bool(torch.isfinite(values).all()):
-        return f"{key}: the statistics hold NaN or infinite values: collect them again."
-    saved = stats.samples.get(key)
-    if saved is None or any(p.is_meta for p in base.parameters()):
-        return None
-    error = float((_sample(base) - saved).norm() / saved.norm().clamp(min=1e-12))
-    return f"{key}: the statistics were collected on another model (its weights differ)." if error > 0.35 else None

@@ -73,14 +73,14 @@ class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
         return BaseWeight(self.get_base_layer(), self.view, self.quantization_backend)
 
     def add_adapter(
-        self, name: str, spec: AdapterSpec, d: Tensor | None = None, *, init: bool = True, from_file: bool = False
+        self, name: str, spec: AdapterSpec, found: Any = None, *, init: bool = True, from_file: bool = False
     ) -> None:
         """Make an adapter called `name` on this layer.
 
         Args:
             name: the adapter's name in PEFT.
             spec: what it is.
-            d: [i], the channel scale for AwSVD, or None.
+            found: what was measured on this layer, where its start reads that.
             init: False starts the trained factors at random (PEFT's `init_weights=False`).
             from_file: values will be loaded; decompositions are not computed.
 
@@ -95,19 +95,17 @@ class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
         with readable(self):
             weight = self.weight_access
             try:
-                self._make(name, core, weight, d, init, from_file)
+                self._make(name, core, weight, found, init, from_file)
             except CoreLoraError as error:
                 raise CoreLoraError(f"{self.key}: {error}") from None
 
-    def _make(
-        self, name: str, core: CoreAdapter, weight: BaseWeight, d: Tensor | None, init: bool, from_file: bool
-    ) -> None:
+    def _make(self, name: str, core: CoreAdapter, weight: BaseWeight, found: Any, init: bool, from_file: bool) -> None:
         meta = weight.is_meta or makes_no_values()
         if meta or from_file:
             factors = core.empty(weight)
             self.unchecked.add(name)
         else:
-            factors = core.start(weight, d, self.key, init)
+            factors = core.start(weight, found, self.key, init)
         for slot, factor in factors.items():
             getattr(self, PREFIX + slot)[name] = factor
         self.cores[name] = core

@@ -72,8 +72,9 @@ def test_floors_on_llama():
 def test_what_is_saved():
     """x only where A trains; an offset beside its start makes the features twice as wide."""
     saved = {m: floor(m, [(OUT, IN)], RANKS) for m in METHODS}
-    assert {m for m, s in saved.items() if not s.saves_input} == {"inttune", "nora", "lora_xs", "lora_fa", "lora_mini"}
-    assert {m for m, s in saved.items() if s.saved == 16} == {"nlora", "pissa"}
+    blind = {"inttune", "nora", "lora_xs", "lora_fa", "lora_mini", "lora_sb"}  # to their input, in the backward pass
+    assert {m for m, s in saved.items() if not s.saves_input} == blind
+    assert {m for m, s in saved.items() if s.saved == 16} == {"nlora", "pissa", "lora_ga"}
 
 
 def test_plots(tmp_path):

@@ -111,6 +111,13 @@ def test_decompositions_are_compared_with_exact_ones():
         assert 0.999 <= row["worst_layer"] <= row["energy"] <= 1 + 1e-6
 
 
+def test_starts_from_gradients_are_measured():
+    """With triplets of random numbers in place of gradients; they decompose nothing themselves."""
+    rows = list(bench(names=("lora_sb", "lora_ga")).run(nothing))
+    assert {r["name"] for r in rows} >= {"lora_sb", "lora_ga"}
+    assert not [r for r in rows if r["kind"] == "decomposition"]
+
+
 def test_modules_alone_have_no_values():
     """What is subtracted as "modules" is the same structure without a start."""
     measured = bench(names=("nora",))

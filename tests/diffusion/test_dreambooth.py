@@ -35,6 +35,7 @@ METHODS = {
     "lora": {"name": "lora", "r": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1"]},
     "peft": {"name": "peft:lora", "r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_v"]},
     "inttune": {"name": "inttune", "r": 8, "target_modules": ["to_q", "to_v", "proj_in"]},
+    "lora_sb": {"name": "lora_sb", "r": 4, "target_modules": ["to_q", "to_v", "conv1"]},
 }
 
 

@@ -17,6 +17,7 @@ from corelora.kernels.core_linear import linear_op
 from corelora.kernels.fast import fused_forward, set_fast, suits
 from corelora.kernels.form import FormMaker
 from corelora.kernels.products import Order
+from corelora.registry import METHODS, OUTERS
 from corelora.tuner_layer import CoreLoraLayer
 
 # One rounding of a sum in that type, relative to the largest entry; products of thin features lose a little more.
@@ -44,7 +45,7 @@ def _restore_modes():
 def _layer(method: str, variant: str, extra: dict, dtype: torch.dtype, bias: bool = True) -> CoreLoraLayer:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(37, 53, bias=bias)).to(dtype)
-    stats = "weight" if method == "nora" else None
+    stats = "weight" if OUTERS[METHODS[method].default.outer].needs_stats else None
     config = CoreLoraConfig(
         method=method, variant=variant, r=8, alpha=12, target_modules=["0"], stats=stats, init_weights=False, **extra
     )

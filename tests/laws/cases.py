@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from corelora import CoreLoraConfig, InputStats
+from corelora import CoreLoraConfig, GradientStats, InputStats
 from corelora.registry import METHODS, OUTERS
 from corelora.spec import Choices
 
@@ -74,10 +74,11 @@ def batch(kind: str, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tenso
     return x.to(dtype) if x.is_floating_point() else x
 
 
-def columns(kind: str) -> int:
-    """i of W[o,i]; leaves the random state alone."""
+def sides(kind: str) -> tuple[int, int]:
+    """(o, i) of W[o,i]; leaves the random state alone."""
     with torch.random.fork_rng():
-        return matrix_of(base_model(kind).layer).shape[1]
+        o, i = matrix_of(base_model(kind).layer).shape
+    return o, i
 
 
 def variants() -> list[tuple[str, str]]:
@@ -95,11 +96,23 @@ def some_stats(i: int, key: str = "layer") -> InputStats:
     return InputStats({key: torch.rand(i, generator=torch.Generator().manual_seed(7)) + 0.1})
 
 
+def some_gradients(o: int, i: int, key: str = "layer") -> GradientStats:
+    """Made-up gradient statistics for the layer of `OneLayer`: all triplets of a random matrix."""
+    U, S, Vh = torch.linalg.svd(torch.randn(o, i, generator=torch.Generator().manual_seed(8)), full_matrices=False)
+    return GradientStats({key: U}, {key: S}, {key: Vh})
+
+
+def stats_for(outer: str, o: int, i: int) -> InputStats | GradientStats | None:
+    """What an outer start reads of a layer W[o,i], made up; None where it reads nothing."""
+    kind = OUTERS[outer].stats
+    return None if kind is None else some_stats(i) if kind == "input" else some_gradients(o, i)
+
+
 def config(kind: str, choices: Choices, **settings) -> CoreLoraConfig:
     """A config for the layer of `OneLayer`; starts that need statistics get some."""
     given = {"target_modules": ["layer"], "r": R, "inner_r": K, "alpha": 6.0} | settings
     if OUTERS[choices.outer].needs_stats and "stats" not in given:
-        given["stats"] = some_stats(columns(kind))
+        given["stats"] = stats_for(choices.outer, *sides(kind))
     return CoreLoraConfig(**given)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from corelora.adapter import CoreAdapter
 from corelora.layers import view_of
+from corelora.measured import given_to
 from corelora.registry import CORE_STARTS, CORES, OUTERS, SAMPLINGS
 from corelora.spec import FACTORS, POSITIONS, SLICE_SCALES, STARTS, AdapterSpec, Choices, choice_problems
 from corelora.storage import BaseWeight
@@ -33,6 +34,7 @@ from laws.cases import (
     product,
     read_numbers,
     run_plain,
+    stats_for,
     stir,
 )
 
@@ -72,7 +74,7 @@ POINTS, VARIATIONS = _points(), _variations()
 # Files and merging look neither at how a core began nor at how a random factor was drawn, and a `zero` start is what
 # `as_is` is there. Samplings and scalings they do look at.
 _SEEN_BY_FILES = [
-    c for c in POINTS + VARIATIONS if c.start != "zero" and c.outer in ("random", "svd", "awsvd", "nystrom")
+    c for c in POINTS + VARIATIONS if c.start != "zero" and c.outer in ("random", "svd", "awsvd", "nystrom", "gradient")
 ]
 THROUGH_PEFT = list(
     {replace(c, core_start="kaiming"): c for c in reversed(_SEEN_BY_FILES) if c.slice_scale == "none"}.values()
@@ -96,8 +98,8 @@ class Alone:
         self.weight = BaseWeight(self.linear, view)
         spec = AdapterSpec(choices=choices, r=R, inner_r=K, scale=1.5)
         self.core = CoreAdapter.of(spec, view)
-        d = torch.rand(10) + 0.1 if OUTERS[choices.outer].needs_stats else None
-        self.made = self.core.start(self.weight, d, "layer")
+        stats = stats_for(choices.outer, 12, 10)
+        self.made = self.core.start(self.weight, given_to(stats, "layer", spec), "layer")
         self.W = self.linear.weight.detach()
 
     def stir(self) -> None:

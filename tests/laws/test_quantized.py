@@ -11,7 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from corelora import CoreLoraConfig
-from laws.cases import K, close, layer_of, read_numbers, run_plain, some_stats, stir, variants
+from corelora.registry import METHODS
+from laws.cases import K, close, layer_of, read_numbers, run_plain, stats_for, stir, variants
 from laws.cases import explicit_delta as explicit
 
 OUT, IN, R = 96, 64, 8  # 4-bit quantisation works in blocks of 64
@@ -60,7 +61,7 @@ def adapted(storage: str, method: str, variant: str, **settings):
         r=R,
         inner_r=K,
         target_modules=["layer"],
-        stats=some_stats(IN) if method == "nora" else None,
+        stats=stats_for(METHODS[method].default.outer, OUT, IN),
         **settings,
     )
     net = Net(storage)

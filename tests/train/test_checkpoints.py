@@ -171,6 +171,7 @@ RUNS = {
     "nlora": {"method": {"name": "nlora", "r": 4, "target_modules": "all-linear", "dropout": 0.2}},
     "inttune": {"method": {"name": "inttune", "r": 8, "target_modules": "all-linear", "dropout": 0.2}},
     "nora": {"method": {"name": "nora", "r": 4, "target_modules": "all-linear", "dropout": 0.2}},
+    "lora_ga": {"method": {"name": "lora_ga", "r": 4, "target_modules": "all-linear"}},
     "rmsprop, three rates": {"optim": {"lr": 1e-3, "name": "rmsprop", "rates": {"B": 4, "core": 2}}},
     "full": {"method": {"name": "full"}},
     "adalora": {

@@ -55,7 +55,7 @@ def classify(folder, form, **parts):
     return make_recipe(folder, task="classify", data={**files, "form": form}, **given)
 
 
-@pytest.mark.parametrize("name", ["nlora", "nora", "inttune", "lora", "peft:lora", "full"])
+@pytest.mark.parametrize("name", ["nlora", "nora", "lora_sb", "inttune", "lora", "peft:lora", "full"])
 @pytest.mark.parametrize(("form", "metric"), [("sst2", "test_accuracy"), ("stsb", "test_pearson")])
 def test_every_method_trains_with_its_head(bert, tmp_path, name, form, metric):
     method = {"name": name} | ({} if name == "full" else {"r": 4, "target_modules": TARGETS})

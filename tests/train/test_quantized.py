@@ -21,7 +21,7 @@ def wide(tmp_path_factory):
     return folder
 
 
-NAMES = ("slora", "nlora", "inttune", "nora", "lora_xs", "peft:lora")
+NAMES = ("slora", "nlora", "inttune", "nora", "lora_xs", "lora_sb", "peft:lora")
 # DoRA in 8 bits is left out: on a CPU its second step fails in bitsandbytes 0.50 with plain PEFT 0.21, without us.
 CASES = [*((name, kind) for name in NAMES for kind in ("8bit", "4bit")), ("dora", "4bit")]
 

@@ -31,6 +31,7 @@ METHODS = {
     "lora": {"name": "lora", "r": 4},
     "nlora": {"name": "nlora", "r": 4},
     "nora": {"name": "nora", "r": 8, "inner_r": 4},
+    "lora_sb": {"name": "lora_sb", "r": 8},
     "inttune": {"name": "inttune", "r": 8},
     "peft:lora": {"name": "peft:lora", "r": 4},
 }

@@ -117,12 +117,13 @@ def find_peer(name: str) -> Peer:
 def core_config(method: str, ranks: Ranks) -> CoreLoraConfig:
     """A method's config for measuring steps.
 
-    Starts that decompose each weight are replaced by random factors of the same shapes: a step costs the same, and the
-    model need not be decomposed first (`corelora bench init` measures that).
+    Starts that decompose each weight, or read statistics, are replaced by random factors of the same shapes: a step
+    costs the same, and the model need not be decomposed first (`corelora bench init` measures that).
     """
-    decomposes = OUTERS[METHODS[method].default.outer].decomposes
-    extra: dict[str, Any] = {"outer": "random"} if decomposes else {}
-    if decomposes and METHODS[method].default.core_start == "singular":
+    outer = OUTERS[METHODS[method].default.outer]
+    replaced = outer.decomposes or outer.needs_stats
+    extra: dict[str, Any] = {"outer": "random"} if replaced else {}
+    if replaced and METHODS[method].default.core_start == "singular":
         extra["core_start"] = "gaussian"
     return CoreLoraConfig(method=method, r=ranks.r, inner_r=ranks.k, target_modules=ranks.target_modules, **extra)
 

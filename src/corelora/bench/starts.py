@@ -26,9 +26,11 @@ from corelora.bench.shapes import DTYPES, has_weights, random_model, real_model,
 from corelora.config import ADAPTER_FORMAT, CoreLoraConfig
 from corelora.errors import CoreLoraError, raise_all, unknown_name
 from corelora.exportcheck import shared_copy
-from corelora.outer import floored, truncated_svd
+from corelora.gradients import GradientStats, collect_gradients
+from corelora.measured import given_to
+from corelora.outer import Outer, floored, truncated_svd
 from corelora.registry import METHODS, OUTERS, Registry
-from corelora.stats import InputStats, channel_scale, collect_stats
+from corelora.stats import InputStats, collect_stats
 from corelora.tuner_layer import CoreLoraLayer
 
 DEFAULT_NAMES = ("peft_lora", "peft_pissa", "lora", "slora", "nlora", "inttune", "nora", "pissa", "lora_xs")
@@ -122,27 +124,52 @@ class StartBench:
         self.left_out: dict[str, str] = {}
         self.seconds: dict[str, list[float]] = {}
         self.modules: dict[str, list[float]] = {}
-        self.stats = self._stats()
+        self.stats, self.gradients = self._stats(), self._gradients()
 
     def _stats(self) -> InputStats | None:
         """Input statistics where a method wants them: of random tokens through real weights, else random numbers."""
-        methods = [METHODS[n] for n in self.request.all_names if n in METHODS]
-        if not any(OUTERS[m.default.outer].needs_stats for m in methods):
+        if not any(o.stats == InputStats.kind for o in self._outers()):
             return None
-        generator = torch.Generator().manual_seed(0)
         if self.is_real:
-            ids = torch.randint(0, self.base.config.vocab_size, (4, 128), generator=generator)
-            return collect_stats(self.base, [ids])
-        layers = [(key, m) for key, m in self.base.named_modules() if isinstance(m, torch.nn.Linear)]
-        means = {key: 0.1 + torch.rand(m.in_features, generator=generator) for key, m in layers}
+            return collect_stats(self.base, [self._tokens()])
+        generator = torch.Generator().manual_seed(0)
+        means = {key: 0.1 + torch.rand(m.in_features, generator=generator) for key, m in self._linears()}
         return InputStats(means, dict.fromkeys(means, 512))
+
+    def _gradients(self) -> GradientStats | None:
+        """The same for gradient statistics."""
+        reach = max((o.reach for o in self._outers() if o.stats == GradientStats.kind), default=0)
+        if not reach:
+            return None
+        n = reach * self.ranks.r
+        if self.is_real:
+            ids = self._tokens()
+            return collect_gradients(self.base, [{"input_ids": ids, "labels": ids}], n)
+        found, generator = GradientStats({}, {}, {}), torch.Generator().manual_seed(0)
+        for key, m in self._linears():
+            count = min(n, m.out_features, m.in_features)
+            found.left[key] = torch.randn(m.out_features, count, generator=generator)
+            found.right[key] = torch.randn(count, m.in_features, generator=generator)
+            found.singular[key] = torch.ones(count)
+        return found
+
+    def _outers(self) -> list[Outer]:
+        return [OUTERS[METHODS[n].default.outer] for n in self.request.all_names if n in METHODS]
+
+    def _tokens(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.base.config.vocab_size, (4, 128), generator=generator)
+
+    def _linears(self) -> list[tuple[str, torch.nn.Linear]]:
+        return [(key, m) for key, m in self.base.named_modules() if isinstance(m, torch.nn.Linear)]
 
     def config(self, name: str, **settings: Any) -> Any:
         """The PEFT config that `name` starts with."""
         if name in STARTERS:
             return lora_config(self.ranks, **STARTERS[name].settings)
-        needs_stats = OUTERS[METHODS[name].default.outer].needs_stats
-        extra: dict[str, Any] = {"stats": self.stats} if needs_stats else {}
+        kind = OUTERS[METHODS[name].default.outer].stats
+        made = {InputStats.kind: self.stats, GradientStats.kind: self.gradients}
+        extra: dict[str, Any] = {} if kind is None else {"stats": made[kind]}
         ranks = {"r": self.ranks.r, "inner_r": self.ranks.k, "target_modules": self.ranks.target_modules}
         return CoreLoraConfig(method=name, **ranks, **extra, **settings)
 
@@ -240,7 +267,7 @@ class StartBench:
         worst = 1.0
         for layer in tqdm(layers, desc="exact", unit="layer", delay=2, leave=False):
             W, spec = layer.weight_access.full(), layer.cores["default"].spec
-            d = channel_scale(self.stats, layer.key, layer.view, spec)
+            d = given_to(self.stats, layer.key, spec)
             own, exact = _energies(W if d is None else W * floored(d.to(W)), spec.r, solver)
             kept, best, worst = kept + own, best + exact, min(worst, own / exact)
         return {"energy": kept / best, "worst_layer": worst}

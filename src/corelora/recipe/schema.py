@@ -163,7 +163,7 @@ class LoopPart:
 
 @dataclass(kw_only=True)
 class StatsPart:
-    """Input statistics for activation-aware starts (NoRA), collected in the run itself."""
+    """Statistics that a start reads, collected in the run itself: inputs (NoRA), gradients (LoRA-SB, LoRA-GA)."""
 
     batches: int = setting("Training batches to read.", 16)
     batch_size: int = setting("Rows a batch.", 4)
@@ -189,7 +189,9 @@ class Recipe:
     )
     optim: OptimPart = setting("How the trained parameters move.")
     loop: LoopPart = field(default_factory=LoopPart, metadata={"help": "Length, batches, precision, files."})
-    stats: StatsPart = field(default_factory=StatsPart, metadata={"help": "Input statistics for NoRA's start."})
+    stats: StatsPart = field(
+        default_factory=StatsPart, metadata={"help": "Statistics that a method's start reads (NoRA, LoRA-SB, LoRA-GA)."}
+    )
     images: ImagesPart | None = setting("Which pictures, and how they become tensors; tasks of pictures only.", None)
     subject: SubjectPart | None = setting("What a diffusion model learns; the task dreambooth only.", None)
     output: str | None = setting("Run folder; runs/NAME-OF-THE-RECIPE if not given.", None)

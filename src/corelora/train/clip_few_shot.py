@@ -39,6 +39,7 @@ class ClipFewShot(PictureTask):
     name = "clip_few_shot"
     auto_class = AutoModelForZeroShotImageClassification
     has_texts = True
+    gives_loss = False
 
     def texts(self, recipe: Recipe, chosen: Chosen) -> list[str]:
         """Every template with every name, a class at a time."""

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from corelora.errors import CoreLoraError, UnknownSettingError, nearest, raise_all
+from corelora.gradients import GradientStats
 from corelora.plan_memory import GIB
 from corelora.recipe import Recipe
 from corelora.recipe.tree import as_data
@@ -29,7 +30,7 @@ from corelora.train.checkpoints import newest_checkpoint
 from corelora.train.folder import RunFolder
 from corelora.train.graphs import graph_problems
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
-from corelora.train.methods import clipped_ranks, is_whole
+from corelora.train.methods import clipped_ranks, is_whole, wanted_stats
 from corelora.train.methods import problems as method_problems
 from corelora.train.models import load_model_config, model_problems, positions
 from corelora.train.optim import problems as optim_problems
@@ -85,6 +86,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     found += start_problems(recipe.model, full=is_whole(recipe.method))
     data = TASKS[recipe.task].problems(recipe) if recipe.task in TASKS else []
     found += data
+    found += _gradient_problems(recipe) if sound and recipe.task in TASKS else []
     config = None
     try:
         known = recipe.task in TASKS and not data
@@ -223,6 +225,17 @@ def _facts(recipe: Recipe, config: PretrainedConfig, model: nn.Module, output: P
 def _reporter_problems(recipe: Recipe) -> list[str]:
     missing = [name for name in recipe.loop.report_to if importlib.util.find_spec(name) is None]
     return [f"loop.report_to: {name} is not installed. Install it with: pip install {name}" for name in missing]
+
+
+def _gradient_problems(recipe: Recipe) -> list[str]:
+    """A start from gradients where the model gives no loss."""
+    wanted = wanted_stats(recipe.method)
+    if wanted is None or wanted.kind != GradientStats.kind or TASKS[recipe.task].gives_loss:
+        return []
+    return [
+        f"method.name: {recipe.method['name']} starts from first gradients, and in the task {recipe.task} the model "
+        "gives no loss to take them of; give method.stats a file of corelora.collect_gradients, or take another method."
+    ]
 
 
 def _test_problems(recipe: Recipe) -> list[str]:

@@ -52,6 +52,23 @@ class AdapterNeeds:
     total_steps: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class WantedStats:
+    """The statistics that a method's start reads.
+
+    Attributes:
+        kind: as `Outer.stats` names it.
+        targets: the method's `target_modules`, or None for all layers that can be adapted.
+        rank: triplets of a gradient that the start reaches for.
+        seed: the method's.
+    """
+
+    kind: str
+    targets: Any = None
+    rank: int = 1
+    seed: int = 0
+
+
 MANY_STEPS = 1_000_000  # where a run's length is not known yet: a schedule of any length fits into it
 
 
@@ -100,10 +117,20 @@ def is_corelora(method: Mapping[str, Any]) -> bool:
 
 
 def needs_stats(method: Mapping[str, Any]) -> bool:
-    """Whether the method's start reads input statistics that the recipe doesn't give."""
+    """Whether the method's start reads statistics that the recipe doesn't give."""
+    return wanted_stats(method) is not None
+
+
+def wanted_stats(method: Mapping[str, Any]) -> WantedStats | None:
+    """What the method's start reads that the recipe doesn't give; None where that is nothing."""
     if not is_corelora(method) or method.get("stats") is not None:
-        return False
-    return OUTERS[CoreLoraConfig(**_corelora_fields(method)).choices().outer].needs_stats
+        return None
+    config = CoreLoraConfig(**_corelora_fields(method))
+    outer = OUTERS[config.choices().outer]
+    if outer.stats is None:
+        return None
+    rank = outer.reach * max(config.r, *config.rank_pattern.values(), 1)
+    return WantedStats(kind=outer.stats, targets=method.get("target_modules"), rank=rank, seed=config.seed)
 
 
 def problems(method: Mapping[str, Any], needs: AdapterNeeds | None = None) -> list[str]:

@@ -19,7 +19,9 @@ from transformers.integrations import TensorBoardCallback
 
 from corelora.errors import CoreLoraError, raise_all
 from corelora.fold import fold
+from corelora.gradients import GradientStats
 from corelora.kernels.fast import fast_path
+from corelora.measured import Stats
 from corelora.recipe import Recipe
 from corelora.train.adalora import AdaLoraSteps, adalora_of
 from corelora.train.arguments import training_arguments
@@ -27,7 +29,15 @@ from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
 from corelora.train.memory import explain, fits
-from corelora.train.methods import adapter_config, clipped_ranks, freeze_below, is_head, is_whole, needs_stats
+from corelora.train.methods import (
+    WantedStats,
+    adapter_config,
+    clipped_ranks,
+    freeze_below,
+    is_head,
+    is_whole,
+    wanted_stats,
+)
 from corelora.train.models import positions
 from corelora.train.out_of_memory import is_out_of_memory
 from corelora.train.plots import loss_curve
@@ -35,7 +45,7 @@ from corelora.train.processes import is_main, meet
 from corelora.train.progress import MetricsFile, ProgressBar, forget_memory, read_metrics
 from corelora.train.resume import Standing, held
 from corelora.train.start_from import load_start, weights_folder
-from corelora.train.statistics import gathered_in_turn, run_stats
+from corelora.train.statistics import gathered_in_turn, run_gradients, run_stats
 from corelora.train.story import say, shortened
 from corelora.train.tasks import TASKS, Rows, Task
 from corelora.train.watch import first_steps, marked
@@ -162,20 +172,22 @@ def build_model(run: Run) -> Any:
     if is_head(recipe.method):
         freeze_below(model, run.task.heads(model))
     method = dict(recipe.method)
-    if needs_stats(method):
-        method["stats"] = collect(run, model)
+    if (wanted := wanted_stats(method)) is not None:
+        method["stats"] = collect(run, model, wanted)
     heads, unused = run.task.heads(model), run.task.unused(model)
     config = adapter_config(method, run.task.task_type, heads, run.steps, unused)
     set_seed(recipe.loop.seed)  # starts depend on the seed alone, not on what was drawn so far
     return model if config is None else adapted(run, model, config)
 
 
-def collect(run: Run, model: Any) -> Any:
-    """Input statistics of the model, where it will train if it can be moved there whole."""
+def collect(run: Run, model: Any, wanted: WantedStats) -> Stats:
+    """Statistics of the model, where it will train if it can be moved there whole."""
     if run.recipe.model.quantize is None and fits(model, run.arguments.device):
         model.to(run.arguments.device)
-    targets = run.recipe.method.get("target_modules")
-    return run_stats(model, run.rows["train"], run.collator, run.recipe.stats, targets)
+    rows, part = run.rows["train"], run.recipe.stats
+    if wanted.kind == GradientStats.kind:
+        return run_gradients(model, rows, run.collator, part, wanted)
+    return run_stats(model, rows, run.collator, part, wanted.targets)
 
 
 def adapted(run: Run, model: Any, config: PeftConfig) -> Any:

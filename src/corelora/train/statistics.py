@@ -1,4 +1,4 @@
-"""Input statistics for activation-aware starts, collected in the run from its own training batches, and kept."""
+"""Statistics that starts read, collected in the run from its own training batches, and kept."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from corelora.data.cache import is_made, key_of, made_once
 from corelora.errors import CoreLoraError
+from corelora.gradients import GradientStats, collect_gradients
 from corelora.recipe.schema import StatsPart
 from corelora.stats import InputStats, collect_stats
 from corelora.storage import gathered
+from corelora.train.methods import WantedStats
 from corelora.train.processes import on_main
 from corelora.train.tasks import Rows
 
@@ -36,13 +38,8 @@ def run_stats(model: nn.Module, rows: Rows, collate: Any, part: StatsPart, targe
     Raises:
         CoreLoraError: there is no row, or no layer matches.
     """
-    count = min(part.batches * part.batch_size, len(rows.dataset))
-    if count == 0:
-        raise CoreLoraError("stats: there is no training row to collect input statistics from")
-    first = [rows.dataset[n] for n in range(count)]
-    names = sorted(targets) if isinstance(targets, (list, set, tuple)) else None
-    content = rows.fingerprint or [row["input_ids"] for row in first]
-    key = key_of("stats", _fingerprint(model), content, count, part.batch_size, names)
+    first, names = _first(rows, part), _names(targets)
+    key = key_of("stats", _fingerprint(model), _content(rows, first), len(first), part.batch_size, names)
 
     def make(folder: Path) -> None:
         batches = list(_batches(first, part.batch_size, collate))
@@ -53,6 +50,51 @@ def run_stats(model: nn.Module, rows: Rows, collate: Any, part: StatsPart, targe
             collected = collect_stats(model, list(_batches(first, part.batch_size, collate)), names)
         return InputStats.load(made_once("stats", key, lambda folder: collected.save(folder / FILE)) / FILE)
     return InputStats.load(made_once("stats", key, make) / FILE)
+
+
+def run_gradients(model: nn.Module, rows: Rows, collate: Any, part: StatsPart, wanted: WantedStats) -> GradientStats:
+    """Triplets of a model's mean gradients on the first training rows; read from the cache where they are there.
+
+    Args:
+        model: without an adapter, where it computes, giving a loss for a batch.
+        rows: tokenised training rows, in the run's order.
+        collate: rows to a batch.
+        part: how many batches, and rows a batch.
+        wanted: of which layers, and how many triplets.
+
+    Raises:
+        CoreLoraError: there is no row, no layer matches, or ZeRO-3 shares the model out.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise CoreLoraError(
+            "stats: under ZeRO-3 no gradients can be collected before training, for the weights are shared out. "
+            "Collect them with corelora.collect_gradients in a process of their own, save them, and give "
+            "method.stats the file."
+        )
+    first, names = _first(rows, part), _names(wanted.targets)
+    about = [_content(rows, first), len(first), part.batch_size, names, wanted.rank, wanted.seed]
+
+    def make(folder: Path) -> None:
+        batches = list(_batches(first, part.batch_size, collate))
+        collect_gradients(model, batches, wanted.rank, names, seed=wanted.seed).save(folder / FILE)
+
+    return GradientStats.load(made_once("stats", key_of("gradients", _fingerprint(model), about), make) / FILE)
+
+
+def _first(rows: Rows, part: StatsPart) -> list[dict[str, Any]]:
+    count = min(part.batches * part.batch_size, len(rows.dataset))
+    if count == 0:
+        raise CoreLoraError("stats: there is no training row to collect statistics from")
+    return [rows.dataset[n] for n in range(count)]
+
+
+def _names(targets: Any) -> list[str] | None:
+    return sorted(targets) if isinstance(targets, (list, set, tuple)) else None
+
+
+def _content(rows: Rows, first: list[dict[str, Any]]) -> Any:
+    """What names the rows."""
+    return rows.fingerprint or [row["input_ids"] for row in first]
 
 
 @contextmanager

@@ -63,6 +63,7 @@ class Task(ABC):
     name: str
     task_type: str | None  # PEFT's
     auto_class: Any  # transformers' class that loads the model
+    gives_loss: bool = True  # the model itself, for a batch: what starts of first gradients need
     reads_tokens: bool = True  # a step's memory can be simulated from data.max_length
     exports: str = "FOLDER    a plain LoRA for any server"  # what `corelora export` makes of its adapters
 
