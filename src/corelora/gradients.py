@@ -203,8 +203,8 @@ def collect_gradients(
         The statistics, ready for `CoreLoraConfig(stats=...)`. Layers whose gradient is zero are not in them.
 
     Raises:
-        CoreLoraError: no layer matches, there is no batch, no layer got a gradient, a loss is not finite, or weights
-            are in float16.
+        CoreLoraError: no layer matches, there is no batch, no layer got a gradient, a loss or gradient is not finite,
+            or weights are in float16.
     """
     if rank < 1:
         raise CoreLoraError(f"collect_gradients: rank must be at least 1, got {rank}")

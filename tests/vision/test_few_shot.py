@@ -14,6 +14,7 @@ from corelora import CoreLoraConfig
 from corelora.errors import CoreLoraError
 from corelora.train.clip_few_shot import class_logits, prompt_tokens
 from corelora.train.dry_run import check, plan
+from corelora.train.methods import wanted_stats
 from corelora.train.progress import read_metrics
 from corelora.train.run import train
 from corelora.train.tasks import TASKS
@@ -188,7 +189,9 @@ def test_input_statistics_are_of_both_towers(clip, pictures, tmp_path):
 
     recipe = make_recipe(clip, pictures)
     run = run_of(recipe, tmp_path)
-    stats = collect(run, TASK.load_model(recipe, run.config, run.processor, None))
+    wanted = wanted_stats(recipe.method)
+    assert wanted is not None
+    stats = collect(run, TASK.load_model(recipe, run.config, run.processor, None), wanted)
     assert len(stats.mean_abs) == 12
     texts = run.collator([run.rows["train"].dataset[0]])["attention_mask"]
     counts = {n.split("_model")[0]: c for n, c in stats.tokens.items()}
