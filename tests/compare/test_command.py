@@ -89,6 +89,9 @@ def test_list_dry_run_and_bad_words(folder, tmp_path, capsys):
     """Nothing is run or written; mistakes are one message and exit code 2."""
     path = write_study(tmp_path / "file", folder, GROUPS)
     words = ["compare", str(path), "--output", str(tmp_path / "study")]
+    right = write_study(tmp_path / "right", folder, GROUPS[:1])
+    assert main(["compare", str(right), "--set", "loop.steps=3", "--output", "x y", "--dry-run"]) == 0
+    assert f"Next: corelora compare {right} --set=loop.steps=3 --output 'x y'" in capsys.readouterr().out
     assert main([*words, "--list"]) == 0
     assert "7 runs, 0 done" in capsys.readouterr().out
     assert main([*words, "--dry-run"]) == 2

@@ -6,6 +6,7 @@ import pytest
 
 from compare.helpers import opened, write_study
 from corelora.compare.expand import final_run, nested
+from corelora.compare.folder import read_study
 from corelora.compare.session import start_study
 from corelora.compare.study import load_study
 from corelora.errors import CoreLoraError
@@ -110,6 +111,22 @@ def test_a_folder_with_something_else(folder, tmp_path):
     (tmp_path / "study" / "thesis.tex").write_text("mine")
     with pytest.raises(CoreLoraError, match="is not empty and holds no study"):
         opened(tmp_path, folder, [{"name": "a", "axes": {"method": ["lora"]}}])
+
+
+def test_a_folder_of_another_study(folder, tmp_path):
+    """Two files of one name share no folder; the same file, changed, goes on, and so does one that was moved."""
+    group = {"name": "a", "axes": {"method": ["lora"]}, "set": {"rank": 4}}
+    one, two = (write_study(tmp_path / name, folder, [group]) for name in ("one", "two"))
+    root = tmp_path / "study"
+    start_study(one, root, ["loop.steps=3"]).save()
+    with pytest.raises(CoreLoraError, match=r"holds the study of another file, .*one/tiny\.yaml"):
+        start_study(two, root)
+    write_study(tmp_path / "one", folder, [{**group, "name": "b"}])
+    assert list(start_study(one, root).first) == ["b"]
+    assert read_study(root).command == f"corelora compare {one} --set=loop.steps=3 --output {root}"
+    one.unlink()
+    start_study(two, root).save()
+    assert str(two) in read_study(root).command
 
 
 def test_a_name_depends_on_what_is_said_alone(folder, tmp_path):

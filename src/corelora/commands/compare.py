@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(list_text(folder))
         return 0
     if arguments.dry_run:
-        print(f"{check_study(folder)} different recipes, nothing is wrong. Next: corelora compare {path}")
+        print(f"{check_study(folder)} different recipes, nothing is wrong. Next: {folder.command}")
         return 0
     whole = run_study(folder, options, (lambda text: None) if arguments.json else print)
     if arguments.json:

@@ -110,9 +110,9 @@ def _versions(folder: StudyFolder, runs: Sequence[Standing]) -> str:
     different = {json.dumps(v, sort_keys=True): v for v in made}
     shown = "".join(f"<pre>{_text(json.dumps(v, indent=1))}</pre>" for v in different.values())
     names = "".join(f"<li><code>{_text(s.run.name)}</code>, {s.state}</li>" for s in runs)
-    command = f"corelora compare STUDY.yaml --output {folder.root}"
     return (
-        f"<h2>How it was made</h2><pre>{_text(command)}</pre><details><summary>versions</summary>{shown}</details>"
+        f"<h2>How it was made</h2><pre>{_text(folder.command)}</pre>"
+        f"<details><summary>versions</summary>{shown}</details>"
         f"<details><summary>{len(runs)} runs; recipe.yaml in its folder is the recipe of each</summary>"
         f"<ul>{names}</ul></details>"
     )

@@ -144,7 +144,8 @@ def start_study(path: Path, root: Path, overrides: Sequence[str] = (), data: Seq
     Raises:
         CoreLoraError: anything wrong with the study; recipes that can't be built; a folder with something else in it.
     """
-    return open_study(load_study(path, overrides, data), path.parent, root)
+    words = [*(f"--set={text}" for text in overrides), *(f"--data={text}" for text in data)]
+    return open_study(load_study(path, overrides, data), path.parent, root, path, words)
 
 
 def check_study(folder: StudyFolder) -> int:
