@@ -72,8 +72,9 @@ def _summary(runs: Sequence[Standing]) -> str:
     shown = ", ".join(f"{n} {state}" for state, n in count.items() if n)
     return (
         f"<p>{len(runs)} runs: {shown}; {seconds / 3600:.2f} hours of running. Each setting is judged at its best "
-        f"tuned value. {SAME} marks what is within noise of the best: two standard errors of the difference over "
-        "seeds; a single seed can't say.</p>"
+        "tuned value; where that is the lowest or highest rate tried, a better one may lie beyond. "
+        f"{SAME} marks what is within noise of the best that has several seeds (Welch's t-test over seeds, 95 %); "
+        "a single seed can't say.</p>"
     )
 
 

@@ -42,7 +42,7 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
     for leader in found:
         for axis, value in leader.setting:
             columns[axis].append(value)
-        _add(columns, "best at", _shown(leader.tuned))
+        _add(columns, "best at", _shown(leader.tuned) + (f" ({leader.edge} tried)" if leader.edge else ""))
         _add(columns, score, _score(leader))
         _add(columns, "seeds", str(len(leader.scores) or ""))
         for name in _suite_scores(found):
@@ -136,6 +136,7 @@ def _leader_data(leader: Leader) -> dict[str, Any]:
         "scores": {str(r.run.seed): s for r, s in zip(leader.runs, leader.scores, strict=True)},
         "within_noise_of_best": leader.noise,
         "usable_rates": leader.usable,
+        "best_at_the_edge": leader.edge,
         "early_loss": leader.early_loss,
         **figures,
         **{name: leader.average(name) for name in _suite_scores([leader])},
@@ -164,10 +165,12 @@ def _score(leader: Leader) -> str:
 
 
 def _usable(leader: Leader) -> str:
+    """Their width; "or more" where they reach an end of what was tried."""
     if leader.usable is None:
         return ""
     low, high = leader.usable
-    return f"{low:g} to {high:g} (x{high / low:.3g})" if high > low else f"{low:g}"
+    is_open = leader.tried is not None and (low == leader.tried[0] or high == leader.tried[1])
+    return f"{low:g} to {high:g} (x{high / low:.3g}{' or more' if is_open else ''})" if high > low else f"{low:g}"
 
 
 def _shown(labels: Labels) -> str:
