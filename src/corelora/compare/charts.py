@@ -46,7 +46,8 @@ def group_charts(group: Group, runs: Sequence[Standing], score: str, lower: bool
     for axis in _numeric_axes(group):
         tuned = axis in group.tune
         title = f"{score} over {'learning rate' if axis in RATES else axis.replace('_', ' ')}"
-        charts[title] = axis_chart(group, [r for r in runs if not r.run.is_final] if tuned else _of(found), axis, score)
+        shown = [r for r in runs if not r.run.is_final] if tuned else _of(found)
+        charts[title] = axis_chart(group, shown, axis, score, [x.name for x in found])
     for figure, title in COSTS.items():
         if len({x.average(figure) for x in found} - {None}) > 1:
             charts[f"{score} against {title}"] = cost_chart(found, figure, score, lower)
@@ -85,7 +86,7 @@ def scores_chart(found: Sequence[Leader], score: str, lower: bool) -> Any:
     return (spread + dots + ticks).properties(height=ROW * max(3, len(names)), width="container")
 
 
-def axis_chart(group: Group, runs: Sequence[Standing], axis: str, score: str) -> Any:
+def axis_chart(group: Group, runs: Sequence[Standing], axis: str, score: str, names: Sequence[str]) -> Any:
     """The score over an axis of numbers, a line for each of the other compared settings; every seed is a dot."""
     others = [a for a in group.axes if a not in (axis, *group.tune)]
     rows: list[dict[str, Any]] = [
@@ -93,9 +94,10 @@ def axis_chart(group: Group, runs: Sequence[Standing], axis: str, score: str) ->
         for r in runs
         if (value := r.figure(score)) is not None and math.isfinite(value)
     ]
+    lines = {row["setting"] for row in rows}  # settings themselves, where the axis is tuned
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X("place:Q", title=axis, scale=alt.Scale(type="log", nice=False, padding=10), axis=alt.Axis(format="~g")),
-        color=_colour(list(dict.fromkeys(row["setting"] for row in rows))),
+        color=_colour(names if lines <= set(names) else sorted(lines)),
     )
     dots = base.mark_circle(size=45).encode(
         y=alt.Y("score:Q", scale=_robust(rows, "score")),

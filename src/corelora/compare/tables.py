@@ -45,7 +45,7 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
         _add(columns, "best at", _shown(leader.tuned) + (f" ({leader.edge} tried)" if leader.edge else ""))
         _add(columns, score, _score(leader))
         _add(columns, "seeds", str(len(leader.scores) or ""))
-        for name in _suite_scores(found):
+        for name in (n for n in _suite_scores(found) if n != score):
             _add(columns, name.removeprefix("eval/"), _number(leader.average(name)))
         for name, values in published_columns(folder.where, group, found).items():
             _add(columns, name, values[leader.setting])
@@ -70,14 +70,50 @@ def leaders_text(folder: StudyFolder) -> str:
 
 
 def markdown(folder: StudyFolder) -> str:
-    """Every group's table in Markdown."""
-    parts = []
-    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+    """The study in Markdown: what was run, every group's table, failed runs and why, the command."""
+    standings = folder.standings()
+    everything = list({s.folder: s for runs in standings.values() for s in runs}.values())
+    parts = [f"# {folder.root.name}", folder.study.about, summary(everything)]
+    for group, runs in zip(folder.study.groups, standings.values(), strict=True):
         headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
         lines = [headers, ["---"] * len(headers), *rows]
         table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        parts.append(f"## {group.name}\n\n{group.about}\n\n{table}\n")
-    return "\n".join(parts)
+        parts += [f"## {group.name}", group.about, table]
+    if failed := failures(everything):
+        lines = [f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed]
+        parts += ["## Failed runs", "\n".join(lines)]
+    parts += ["## How it was made", f"    {folder.command}"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def summary(runs: Sequence[Standing]) -> str:
+    """How many runs there are and how they ended, and how to read the tables.
+
+    Args:
+        runs: of the study, each once.
+    """
+    count = {state: sum(s.state == state for s in runs) for state in ("done", "failed", "missing")}
+    seconds = sum((s.results or {}).get("seconds", 0) for s in runs)
+    shown = ", ".join(f"{n} {state}" for state, n in count.items() if n)
+    return (
+        f"{len(runs)} runs: {shown}; {seconds / 3600:.2f} hours of running. Each setting is judged at its best tuned "
+        "value; where that is the lowest or highest rate tried, a better one may lie beyond. "
+        f"{SAME} marks what is within noise of the best that has several seeds (Welch's t-test over seeds, 95 %); "
+        "a single seed can't say."
+    )
+
+
+def failures(runs: Sequence[Standing]) -> list[tuple[str, str, str]]:
+    """(group, labels and seed; name; error) of every run that failed.
+
+    Args:
+        runs: of the study, each once.
+    """
+    return [
+        (f"{s.run.group}, {_shown(tuple(s.run.labels.items()))}, seed {s.run.seed}", s.run.name, str(s.failed["error"]))
+        for s in runs
+        if s.failed is not None
+    ]
 
 
 def run_rows(folder: StudyFolder) -> list[dict[str, Any]]:
