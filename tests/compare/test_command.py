@@ -99,6 +99,8 @@ def test_list_dry_run_and_bad_words(folder, tmp_path, capsys):
     for shard in ("2", "2/2", "a/b"):
         assert main([*words, "--shard", shard]) == 2
         assert "write it as I/N" in capsys.readouterr().err
+    assert main([*words, "--jobs", "0"]) == 2
+    assert "--jobs 0: at least 1 is expected" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
     assert not (tmp_path / "study").exists()
 

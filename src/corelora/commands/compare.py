@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         from corelora.compare.tables import leaders_text, list_text, study_data
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"studies need {error.name}. Install: pip install corelora[train,compare]") from None
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise CoreLoraError(f"--jobs {arguments.jobs}: at least 1 is expected")
     path = Path(arguments.study)
     options = Options(
         jobs=arguments.jobs,

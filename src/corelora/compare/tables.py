@@ -80,8 +80,8 @@ def markdown(folder: StudyFolder) -> str:
         table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         parts += [f"## {group.name}", group.about, table]
     if failed := failures(everything):
-        lines = [f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed]
-        parts += ["## Failed runs", "\n".join(lines)]
+        said = (f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed)
+        parts += ["## Failed runs", "\n".join(said)]
     parts += ["## How it was made", f"    {folder.command}"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
