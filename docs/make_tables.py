@@ -179,11 +179,14 @@ def _default(f: dataclasses.Field) -> str:
 
 
 def study(name: str) -> Callable[[], str]:
-    """The leaders of each group of a study, as `corelora compare ... --json` printed them."""
+    """What a study took and the leaders of each of its groups, as `corelora compare ... --json` printed them."""
 
     def made() -> str:
-        parts = []
-        for group in json.loads((RESULTS / name).read_text())["groups"]:
+        data = json.loads((RESULTS / name).read_text())
+        runs = {run["run"]: run.get("seconds", 0) for run in data["runs"]}  # two groups may share one
+        where = f"{data['versions']['device']}, {data['versions']['threads']} threads"
+        parts = [f"{len(runs)} runs, {sum(runs.values()) / 60:.1f} minutes of training; {where}."]
+        for group in data["groups"]:
             parts.append(f"{group['name']}:\n\n{_leaders(group)}")
         return "\n\n".join(parts)
 

@@ -89,6 +89,9 @@ def test_list_dry_run_and_bad_words(folder, tmp_path, capsys):
     """Nothing is run or written; mistakes are one message and exit code 2."""
     path = write_study(tmp_path / "file", folder, GROUPS)
     words = ["compare", str(path), "--output", str(tmp_path / "study")]
+    right = write_study(tmp_path / "right", folder, GROUPS[:1])
+    assert main(["compare", str(right), "--set", "loop.steps=3", "--output", "x y", "--dry-run"]) == 0
+    assert f"Next: corelora compare {right} --set=loop.steps=3 --output 'x y'" in capsys.readouterr().out
     assert main([*words, "--list"]) == 0
     assert "7 runs, 0 done" in capsys.readouterr().out
     assert main([*words, "--dry-run"]) == 2
@@ -96,6 +99,8 @@ def test_list_dry_run_and_bad_words(folder, tmp_path, capsys):
     for shard in ("2", "2/2", "a/b"):
         assert main([*words, "--shard", shard]) == 2
         assert "write it as I/N" in capsys.readouterr().err
+    assert main([*words, "--jobs", "0"]) == 2
+    assert "--jobs 0: at least 1 is expected" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
     assert not (tmp_path / "study").exists()
 
@@ -165,7 +170,11 @@ def test_the_page_needs_nothing_else(page):
     assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=", text.partition('<script type="module">')[0])
     charts = json.loads(re.search(r'<script id="charts" type="application/json">(.*?)</script>', text, re.S)[1])
     assert len(charts) == text.count('class="chart"') >= 4
-    assert (page.parent / "report.md").is_file()
+    words = (page.parent / "report.md").read_text()
+    assert "- <b>ranks</b>, method lora, rank 8, lr 0.001, seed 0: step 3: the loss is nan (`gsm8k-lora-r8" in words
+    assert "12 runs: 8 done, 4 failed" in words
+    assert "    corelora compare " in words
+    assert "method lora, rank 8, lr 0.001, seed 0: step 3: the loss is nan</summary>" in text
     assert len((page.parent / "runs.csv").read_text().splitlines()) == 13
 
 
@@ -183,6 +192,39 @@ def test_the_page_in_a_browser(page):
         done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120, check=True)
         assert "CONSOLE" not in done.stderr
         assert len(re.findall(r"<canvas|<svg[^>]+marks", done.stdout)) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_charts_and_tables_on_a_phone(folder, tmp_path):
+    """A legend of many settings presses no chart flat; a click sorts by number, millions too; nothing is too wide."""
+    axes = {"method": {f"a setting with a long name, number {n:02}": {"method.alpha": n + 1} for n in range(16)}}
+    study = opened(tmp_path, folder, [{"name": "g", "axes": axes, "set": {"rank": 4, "method.name": "lora"}}])
+    pretend(study, lambda run: int(run.labels["method"][-2:]) + 0.5)
+    for n, run in enumerate(study.first["g"]):
+        path = run.folder(study.root) / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "trained_parameters": 10 ** (3 + n % 7) * (n + 2)}))
+    text = report_study(study)[0].read_text(encoding="utf-8")
+    script = """<script type="module">
+      await new Promise((done) => setTimeout(done, 4000));
+      [...document.querySelectorAll("th")].find((h) => h.textContent === "trained").click();
+      const column = [...document.querySelectorAll("th")].findIndex((h) => h.textContent === "trained");
+      const cells = [...document.querySelectorAll("tbody tr")].map((row) => row.cells[column].textContent);
+      const plots = [...document.querySelectorAll(".chart canvas, .chart svg.marks")].map((c) => c.clientHeight);
+      const wide = document.documentElement.scrollWidth - window.innerWidth;
+      document.title = JSON.stringify({ cells, plots, wide });
+    </script></body></html>"""
+    place = tmp_path / "with-a-click.html"
+    place.write_text(text.removesuffix("</body></html>\n") + script, encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=12000"]
+    options += ["--window-size=500,4000", f"file://{place}"]
+    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1])
+    sizes = [float(c.rstrip("M").replace(",", "")) * (10**6 if c.endswith("M") else 1) for c in found["cells"]]
+    assert sizes == sorted(sizes)
+    assert min(sizes) < 1e5 < 1e6 < max(sizes)
+    assert found["wide"] <= 0
+    assert min(found["plots"][1:]) > 300, found["plots"]  # 260 of the plot, and its legend below
 
 
 def test_a_chart_for_the_documents(tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from compare.helpers import opened, write_study
 from corelora.compare.expand import final_run, nested
+from corelora.compare.folder import read_study
 from corelora.compare.session import start_study
 from corelora.compare.study import load_study
 from corelora.errors import CoreLoraError
@@ -89,6 +92,56 @@ def test_all_mistakes_of_the_file_at_once(folder, tmp_path):
         load_study(write_study(tmp_path, folder, [{"name": "a", "axes": {"method": ["lora"]}}] * 2))
 
 
+def test_what_would_only_fail_after_all_runs_is_said_first(folder, tmp_path):
+    """Seeds, finalists, their suites and rows, a paper's figures: before anything is run, all at once."""
+    axes = {"axes": {"method": ["lora", "nlora"], "alpha": [1.0, 2.5]}, "set": {"rank": 4}}
+    wrong = {"seeds": [1, 1], "top": 0}
+    with pytest.raises(CoreLoraError) as caught:
+        load_study(write_study(tmp_path, folder, [{"name": "a", **axes, "finalists": wrong}]))
+    assert "groups[0].finalists.seeds: 1 is given twice" in str(caught.value)
+    assert "groups[0].finalists.top: at least 1 is expected, got 0" in str(caught.value)
+    always = [{"method": "nlroa"}, {"alpha": 1.0}, {"alpha": 2}]
+    groups = [{"name": "a", **axes, "seeds": [], "finalists": {"always": always}}]
+    groups += [{"name": "b", **axes, "seeds": [3, 3]}]
+    with pytest.raises(CoreLoraError) as caught:
+        load_study(write_study(tmp_path, folder, groups))
+    text = str(caught.value)
+    assert "groups[0].seeds: none is given" in text
+    assert "groups[1].seeds: 3 is given twice" in text
+    assert "groups[0].finalists.always: unknown value of method 'nlroa'. Did you mean 'nlora'?" in text
+    assert "unknown value of alpha '2'" in text
+    assert "unknown value of alpha '1'" not in text
+    (tmp_path / "paper.json").write_text(json.dumps({"columns": ["gsm8k"], "rows": [{"model": "M", "values": {}}]}))
+    final = {"suites": ["gsm9k", "math"], "protocol": "papr", "data": ["no-folder"]}
+    published = {"file": "paper.json", "where": {"modle": "M"}, "columns": {"gsm9k": "test_loss"}}
+    groups = [
+        {"name": "a", **axes, "finalists": final, "published": published},
+        {"name": "b", "axes": {"x": {"one": {"recipe": "gone.yaml"}}}, "published": {**published, "file": "no.json"}},
+        {"name": "c", **axes, "finalists": {"suites": ["math"], "data": ["no-folder"]}},
+    ]
+    with pytest.raises(CoreLoraError) as caught:
+        load_study(write_study(tmp_path, folder, groups), data=["mat=x.jsonl"])
+    for text in (
+        "gone.yaml is no file beside tiny.yaml",
+        "--data mat=...: unknown task 'mat'. Did you mean 'math'?",
+        "a: finalists: unknown suite 'gsm9k'. Did you mean 'gsm8k'?",
+        "a: finalists: suite math: unknown protocol 'papr'",
+        "a: published: unknown column 'gsm9k'. Did you mean 'gsm8k'?",
+        "a: published: where: unknown label 'modle'. Did you mean 'model'?",
+        "b: published: no.json can't be read",
+        "--data no-folder: no such folder",
+    ):
+        assert text in str(caught.value)
+
+
+def test_local_rows_go_where_their_task_is(folder, tmp_path):
+    """A task of one group's suites is no mistake in the other's."""
+    axes = {"axes": {"method": ["lora"]}, "set": {"rank": 4}}
+    groups = [{"name": name, **axes, "finalists": {"suites": [name]}} for name in ("gsm8k", "math")]
+    study = load_study(write_study(tmp_path, folder, groups), data=["math=rows.jsonl", str(tmp_path)])
+    assert [g.finalists.data for g in study.groups] == [[str(tmp_path)], ["math=rows.jsonl", str(tmp_path)]]
+
+
 def test_recipes_that_cannot_be_built(folder, tmp_path):
     """All of them, with the values that make them; a recipe that is no file."""
     with pytest.raises(CoreLoraError) as caught:
@@ -110,6 +163,22 @@ def test_a_folder_with_something_else(folder, tmp_path):
     (tmp_path / "study" / "thesis.tex").write_text("mine")
     with pytest.raises(CoreLoraError, match="is not empty and holds no study"):
         opened(tmp_path, folder, [{"name": "a", "axes": {"method": ["lora"]}}])
+
+
+def test_a_folder_of_another_study(folder, tmp_path):
+    """Two files of one name share no folder; the same file, changed, goes on, and so does one that was moved."""
+    group = {"name": "a", "axes": {"method": ["lora"]}, "set": {"rank": 4}}
+    one, two = (write_study(tmp_path / name, folder, [group]) for name in ("one", "two"))
+    root = tmp_path / "study"
+    start_study(one, root, ["loop.steps=3"]).save()
+    with pytest.raises(CoreLoraError, match=r"holds the study of another file, .*one/tiny\.yaml"):
+        start_study(two, root)
+    write_study(tmp_path / "one", folder, [{**group, "name": "b"}])
+    assert list(start_study(one, root).first) == ["b"]
+    assert read_study(root).command == f"corelora compare {one} --set=loop.steps=3 --output {root}"
+    one.unlink()
+    start_study(two, root).save()
+    assert str(two) in read_study(root).command
 
 
 def test_a_name_depends_on_what_is_said_alone(folder, tmp_path):

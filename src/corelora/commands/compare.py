@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         from corelora.compare.tables import leaders_text, list_text, study_data
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"studies need {error.name}. Install: pip install corelora[train,compare]") from None
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise CoreLoraError(f"--jobs {arguments.jobs}: at least 1 is expected")
     path = Path(arguments.study)
     options = Options(
         jobs=arguments.jobs,
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(list_text(folder))
         return 0
     if arguments.dry_run:
-        print(f"{check_study(folder)} different recipes, nothing is wrong. Next: corelora compare {path}")
+        print(f"{check_study(folder)} different recipes, nothing is wrong. Next: {folder.command}")
         return 0
     whole = run_study(folder, options, (lambda text: None) if arguments.json else print)
     if arguments.json:

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from corelora.compare.study import SHORT, Group, Study
+from corelora.compare.study import SHORT, Group, Study, label
 from corelora.errors import CoreLoraError, raise_all
 from corelora.recipe import Recipe, read_tree
 from corelora.recipe.tree import as_data, as_given, merged, read_yaml
@@ -146,7 +146,7 @@ def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """(label, recipe keys) of each value of an axis."""
     if isinstance(values, Mapping):
         return [(str(label), dict(keys)) for label, keys in values.items()]
-    return [(f"{v:g}" if isinstance(v, float) else str(v), {axis: v}) for v in values]
+    return [(label(v), {axis: v}) for v in values]
 
 
 def nested(keys: Mapping[str, Any]) -> dict[str, Any]:

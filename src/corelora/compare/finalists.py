@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from corelora.compare.expand import Planned, final_run
 from corelora.compare.leaders import Leader, leaders
 from corelora.compare.standing import Standing
-from corelora.compare.study import Group
+from corelora.compare.study import Group, label
 
 
 def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> list[Planned]:
@@ -34,4 +34,4 @@ def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -
 
 def _is(leader: Leader, wanted: dict) -> bool:
     values = dict(leader.setting)
-    return all(values.get(axis) == str(value) for axis, value in wanted.items())
+    return all(values.get(axis) == label(value) for axis, value in wanted.items())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +18,10 @@ from corelora.compare.standing import Standing, stand_all
 from corelora.compare.study import Group, Study
 from corelora.errors import CoreLoraError, raise_all
 from corelora.recipe.tree import read_tree
-from corelora.train.folder import write_text
+from corelora.train.folder import write_json, write_text
 
 STUDY = "study.yaml"
+MADE_BY = "made_by.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +33,29 @@ class StudyFolder:
         study: as it was read.
         where: the folder that its recipes are relative to.
         first: the runs of its first seeds, by group.
+        file: that it was read from; None for a folder that does not say it.
+        words: of the command, `--set=KEY=VALUE` and `--data=PATH`.
     """
 
     root: Path
     study: Study
     where: Path
     first: dict[str, list[Planned]]
+    file: Path | None = None
+    words: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """What makes the study's runs, or goes on with them."""
+        file = str(self.file) if self.file else "STUDY.yaml"
+        return shlex.join(["corelora", "compare", file, *self.words, "--output", str(self.root)])
 
     def save(self) -> None:
         """Write the study into its folder with all that it is built on, so that a report needs nothing else."""
         data = kept_in(self.root, self.study, self.where)
         write_text(self.root / STUDY, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+        if self.file is not None:
+            write_json(self.root / MADE_BY, {"file": os.path.relpath(self.file, self.root), "words": self.words})
 
     def finalists(self, group: Group) -> list[Planned]:
         """The finalists' runs, every seed; none before the group's first runs have all ended."""
@@ -57,20 +73,38 @@ class StudyFolder:
         }
 
 
-def open_study(study: Study, where: Path, root: Path) -> StudyFolder:
+def open_study(
+    study: Study, where: Path, root: Path, file: Path | None = None, words: Sequence[str] = ()
+) -> StudyFolder:
     """A study with its runs planned.
 
     Args:
         study: as it was read.
         where: the folder that its recipes are relative to.
-        root: the folder for its runs; another study's is refused, the same study's, grown or not, is gone on with.
+        root: the folder for its runs; another file's is refused, the same one's, grown or not, is gone on with.
+        file: that it was read from, if it was not from the folder itself.
+        words: of the command.
 
     Raises:
         CoreLoraError: recipes that can't be built; a folder with something else in it.
     """
     if root.is_dir() and any(root.glob("[!.]*")) and not (root / STUDY).is_file():
         raise CoreLoraError(f"{root} is not empty and holds no study: give another --output")
-    return StudyFolder(root=root, study=study, where=where, first=expand(study, where))
+    theirs, their_words = _made_by(root)
+    if file is None:
+        file, words = theirs, their_words
+    elif theirs is not None and theirs.is_file() and not theirs.samefile(file):
+        raise CoreLoraError(f"{root} holds the study of another file, {theirs}: give another --output")
+    first = expand(study, where)
+    return StudyFolder(root=root, study=study, where=where, first=first, file=file, words=tuple(words))
+
+
+def _made_by(root: Path) -> tuple[Path | None, Sequence[str]]:
+    """(the study's file, words of the command), where the folder says so."""
+    if not (root / MADE_BY).is_file():
+        return None, ()
+    data = json.loads((root / MADE_BY).read_text(encoding="utf-8"))
+    return Path(os.path.normpath(root / data["file"])), data["words"]
 
 
 def read_study(root: Path) -> StudyFolder:

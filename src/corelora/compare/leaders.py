@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+
+from scipy.stats import t as student
 
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
 Labels = tuple[tuple[str, str], ...]  # (axis, value), in the study's order
 NEAR = 0.01  # rates whose score is within so much of the best one's are usable
+SURE = 0.95  # a difference that seeds alone make in so many of all cases is noise
+RATES = ("lr", "optim.lr")  # what an axis of learning rates is called
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +27,12 @@ class Leader:
         tuned: values of the tuned axes at its best.
         runs: all seeds of that, done.
         scores: the deciding figure of each of them.
-        failed, missing: runs of the setting, at any tuned value, that failed or are still to be made.
+        failed, missing: runs of the setting, at any tuned value, that failed or whose score is no number, or that are
+            still to be made.
         usable: (lowest, highest) learning rate whose score is within 1 % of the best, where rates are tuned.
-        noise: its distance from the best setting is within what seeds alone make; None: too few seeds to say.
+        tried: (lowest, highest) learning rate that the study asks for, where there is more than one.
+        noise: its distance from the best setting of several seeds is within what seeds alone make; None: too few
+            seeds to say.
     """
 
     setting: Labels
@@ -36,7 +42,7 @@ class Leader:
     failed: int
     missing: int
     usable: tuple[float, float] | None
-    edges: tuple[str, ...] = ()
+    tried: tuple[float, float] | None = None
     noise: bool | None = None
 
     @property
@@ -53,6 +59,13 @@ class Leader:
     def name(self) -> str:
         """The setting in words."""
         return ", ".join(value if axis == "method" else f"{axis} {value}" for axis, value in self.setting)
+
+    @property
+    def edge(self) -> str | None:
+        """Which end of the rates that were tried it is best at, lowest or highest: a better one may lie beyond."""
+        if self.tried is None or not self.runs:
+            return None
+        return {self.tried[0]: "lowest", self.tried[1]: "highest"}.get(self.runs[0].run.recipe.optim.lr)
 
     def average(self, figure: str) -> float | None:
         """Mean of another figure of its runs."""
@@ -83,7 +96,8 @@ def leaders(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> 
     found = [_leader(group, setting, of_it, score, lower) for setting, of_it in settings.items()]
     found = [_judged_by_finals(x, settings[x.setting], score) for x in found] if has_finals else found
     found.sort(key=lambda x: (math.isnan(x.mean), x.mean if lower else -x.mean))
-    return [_with_noise(x, found[0]) for x in found]
+    best = next((x for x in found if x.deviation is not None), None)
+    return [_with_noise(x, best) for x in found]
 
 
 def _leader(group: Group, setting: Labels, runs: Sequence[Standing], score: str, lower: bool) -> Leader:
@@ -101,18 +115,24 @@ def _leader(group: Group, setting: Labels, runs: Sequence[Standing], score: str,
         tuned=tuned,
         runs=tuple(run for run, _ in best),
         scores=tuple(value for _, value in best),
-        failed=sum(run.state == "failed" for run in runs),
+        failed=sum(run.state == "failed" or _is_lost(run, score) for run in runs),
         missing=sum(run.state == "missing" for run in runs),
-        usable=_usable(group, tuned, firsts),
-        edges=_edges(runs, tuned),
+        usable=_usable(group, tuned, firsts, values),
+        tried=_tried(group, runs),
     )
 
 
 def _judged_by_finals(leader: Leader, runs: Sequence[Standing], score: str) -> Leader:
     """Tuned as before, but with the scores of the finalists' own runs; none for a setting that is no finalist."""
-    found = [(r, v) for r in runs if r.run.is_final and r.state == "done" and (v := r.figure(score)) is not None]
-    finals = {"runs": tuple(r for r, _ in found), "scores": tuple(v for _, v in found)}
-    return Leader(**{**leader.__dict__, **finals})
+    finals = [(r, r.figure(score)) for r in runs if r.run.is_final and r.state == "done"]
+    found = [(r, v) for r, v in finals if v is not None and math.isfinite(v)]
+    return replace(leader, runs=tuple(r for r, _ in found), scores=tuple(v for _, v in found))
+
+
+def _is_lost(run: Standing, score: str) -> bool:
+    """Whether a run ended with a score that is no number: nothing to average, and not to be passed over either."""
+    value = run.figure(score)
+    return run.state == "done" and value is not None and not math.isfinite(value)
 
 
 def _first(runs: Sequence[tuple[Standing, float]], seeds: Sequence[int]) -> float:
@@ -120,17 +140,23 @@ def _first(runs: Sequence[tuple[Standing, float]], seeds: Sequence[int]) -> floa
     return statistics.fmean([v for r, v in runs if r.run.seed in seeds] or [v for _, v in runs])
 
 
-def _usable(group: Group, best: Labels, firsts: Mapping[Labels, float]) -> tuple[float, float] | None:
+def _usable(
+    group: Group,
+    best: Labels,
+    firsts: Mapping[Labels, float],
+    values: Mapping[Labels, Sequence[tuple[Standing, float]]],
+) -> tuple[float, float] | None:
     """Rates around the best one, without a gap, whose score is within 1 % of its."""
-    if "lr" not in group.tune or not best:
+    axis = _rates_of(group)
+    if axis is None or not best:
         return None
-    others = [pair for pair in best if pair[0] != "lr"]
+    others = [pair for pair in best if pair[0] != axis]
     rates = sorted(
-        (float(dict(t)["lr"]), abs(v - firsts[best]) <= NEAR * abs(firsts[best]))
+        (values[t][0][0].run.recipe.optim.lr, abs(v - firsts[best]) <= NEAR * abs(firsts[best]))
         for t, v in firsts.items()
-        if [pair for pair in t if pair[0] != "lr"] == others
+        if [pair for pair in t if pair[0] != axis] == others
     )
-    at = next(n for n, (rate, _) in enumerate(rates) if rate == float(dict(best)["lr"]))
+    at = next(n for n, (rate, _) in enumerate(rates) if rate == values[best][0][0].run.recipe.optim.lr)
     low = high = at
     while low > 0 and rates[low - 1][1]:
         low -= 1
@@ -139,31 +165,27 @@ def _usable(group: Group, best: Labels, firsts: Mapping[Labels, float]) -> tuple
     return rates[low][0], rates[high][0]
 
 
-def _edges(runs: Sequence[Standing], best: Labels) -> tuple[str, ...]:
-    """Tuned axes of numbers whose best value is the smallest or largest one tried, runs that failed included."""
-    found = []
-    for axis, value in best:
-        tried = {r.run.labels[axis] for r in runs if r.state != "missing"}
-        if len(tried) > 1 and all(map(is_number, tried)):
-            numbers = [float(t) for t in tried]
-            found += [axis] if float(value) in (min(numbers), max(numbers)) else []
-    return tuple(found)
+def _tried(group: Group, runs: Sequence[Standing]) -> tuple[float, float] | None:
+    """The ends of the rates that are tuned, runs that failed or are missing too."""
+    rates = {run.run.recipe.optim.lr for run in runs}
+    return (min(rates), max(rates)) if _rates_of(group) and len(rates) > 1 else None
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of an axis, or its label, is a number above zero."""
-    try:
-        return not isinstance(value, bool) and float(value) > 0
-    except (TypeError, ValueError):
-        return False
+def _rates_of(group: Group) -> str | None:
+    """The tuned axis of learning rates."""
+    return next((axis for axis in group.tune if axis in RATES), None)
 
 
-def _with_noise(leader: Leader, best: Leader) -> Leader:
-    """Compare with the best: within two standard errors of the difference is noise."""
-    if leader is best or leader.deviation is None or best.deviation is None:
+def _with_noise(leader: Leader, best: Leader | None) -> Leader:
+    """Compare with the best by Welch's t-test: two standard errors are too few for two or three seeds."""
+    if best is None or leader is best or leader.deviation is None or best.deviation is None:
         return leader
-    error = math.sqrt(leader.deviation**2 / len(leader.scores) + best.deviation**2 / len(best.scores))
-    return Leader(**{**leader.__dict__, "noise": abs(leader.mean - best.mean) <= 2 * error})
+    own, its = leader.deviation**2 / len(leader.scores), best.deviation**2 / len(best.scores)
+    if own + its == 0:
+        return replace(leader, noise=leader.mean == best.mean)
+    freedom = (own + its) ** 2 / (own**2 / (len(leader.scores) - 1) + its**2 / (len(best.scores) - 1))
+    reach = float(student.ppf((1 + SURE) / 2, freedom)) * math.sqrt(own + its)
+    return replace(leader, noise=abs(leader.mean - best.mean) <= reach)
 
 
 def _of(run: Standing, axes: Sequence[str]) -> Labels:

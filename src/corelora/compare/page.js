@@ -7,7 +7,7 @@ function config() {
   const small = window.innerWidth < 600;
   return {
     background: "transparent",
-    autosize: { type: "fit", contains: "padding" },
+    autosize: { type: "fit-x", contains: "padding" }, // a long legend below must not press a chart flat
     legend: { orient: small ? "bottom" : "right", columns: small ? 2 : 1, labelLimit: small ? 150 : 260 },
     axis: { labelLimit: small ? 110 : 260, gridColor: "#8883" },
   };
@@ -34,16 +34,22 @@ dark.addEventListener("change", () => {
   for (const element of document.querySelectorAll(".chart.vega-embed")) draw(element);
 });
 
+// The number that a cell begins with; "1.20M" is more than "76,546".
+function number(text) {
+  const found = /^[-+]?[0-9][0-9.,]*(e[-+]?[0-9]+)?(M?)/.exec(text);
+  return found ? parseFloat(found[0].replace(/,/g, "")) * (found[2] ? 1e6 : 1) : NaN;
+}
+
 function sortBy(head) {
   const down = head.dataset.down !== "1";
   head.dataset.down = down ? "1" : "";
   const text = (row) => row.cells[head.cellIndex].textContent;
-  const number = (row) => parseFloat(text(row).replace(/,/g, ""));
   const order = (a, b) => {
+    if (!a || !b) return (a ? 0 : 1) - (b ? 0 : 1); // empty cells stay last
     const difference = number(a) - number(b);
-    return isNaN(difference) ? text(a).localeCompare(text(b)) : difference;
+    return (down ? 1 : -1) * (isNaN(difference) ? a.localeCompare(b, "en", { numeric: true }) : difference);
   };
   const body = head.closest("table").tBodies[0];
-  body.append(...[...body.rows].sort((a, b) => (down ? 1 : -1) * order(a, b)));
+  body.append(...[...body.rows].sort((a, b) => order(text(a), text(b))));
 }
 for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => sortBy(head));

@@ -15,7 +15,7 @@ from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
-from corelora.compare.tables import EDGE, SAME, csv_text, group_leaders, leader_rows, markdown
+from corelora.compare.tables import csv_text, failures, group_leaders, leader_rows, markdown, summary
 from corelora.train.folder import write_text
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ def report_study(folder: StudyFolder) -> list[Path]:
         The three paths.
     """
     paths = [folder.root / name for name in ("report.html", "report.md", "runs.csv")]
-    texts = [page_html(folder), f"# {folder.root.name}\n\n{folder.study.about}\n\n{markdown(folder)}", csv_text(folder)]
+    texts = [page_html(folder), markdown(folder), csv_text(folder)]
     for path, text in zip(paths, texts, strict=True):
         write_text(path, text)
     return paths
@@ -46,7 +46,7 @@ def page_html(folder: StudyFolder) -> str:
     everything = {s.folder: s for _, runs in groups for s in runs}
     body = [
         f"<h1>{_text(folder.root.name)}</h1><p>{_text(folder.study.about)}</p>",
-        _summary(list(everything.values())),
+        f"<p>{_text(summary(list(everything.values())))}</p>",
         "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g, _ in groups) + "</nav>",
         *sections,
         _failed(list(everything.values())),
@@ -63,18 +63,6 @@ def page_html(folder: StudyFolder) -> str:
         f'<!doctype html><html lang="en"><head>{head}<title>{title}</title><style>{style}</style></head>'
         f'<body>{"".join(body)}<script id="charts" type="application/json">{data}</script>'
         f'<script type="module">{script}</script></body></html>\n'
-    )
-
-
-def _summary(runs: Sequence[Standing]) -> str:
-    count = {state: sum(s.state == state for s in runs) for state in ("done", "failed", "missing")}
-    seconds = sum((s.results or {}).get("seconds", 0) for s in runs)
-    shown = ", ".join(f"{n} {state}" for state, n in count.items() if n)
-    edge = f"{EDGE.strip()} follows a best value beyond which nothing was tried: there may be a better one."
-    return (
-        f"<p>{len(runs)} runs: {shown}; {seconds / 3600:.2f} hours of running. Each setting is judged at its best "
-        f"tuned value. {SAME} marks what is within noise of the best: two standard errors of the difference over "
-        f"seeds; a single seed can't say. {edge}</p>"
     )
 
 
@@ -95,15 +83,12 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _failed(runs: Sequence[Standing]) -> str:
-    found = [s for s in runs if s.failed is not None]
-    if not found:
-        return ""
     shown = "".join(
-        f'<details><summary class="bad">{_text(s.run.name)}</summary><pre>{_text(s.failed["error"])}</pre></details>'
-        for s in found
-        if s.failed is not None
+        f'<details><summary class="bad">{_text(setting)}: {_text(error.splitlines()[0])}</summary>'
+        f"<p class=small>{_text(name)}</p><pre>{_text(error)}</pre></details>"
+        for setting, name, error in failures(runs)
     )
-    return f"<h2>Failed runs</h2>{shown}"
+    return f"<h2>Failed runs</h2>{shown}" if shown else ""
 
 
 def _versions(folder: StudyFolder, runs: Sequence[Standing]) -> str:
@@ -111,9 +96,9 @@ def _versions(folder: StudyFolder, runs: Sequence[Standing]) -> str:
     different = {json.dumps(v, sort_keys=True): v for v in made}
     shown = "".join(f"<pre>{_text(json.dumps(v, indent=1))}</pre>" for v in different.values())
     names = "".join(f"<li><code>{_text(s.run.name)}</code>, {s.state}</li>" for s in runs)
-    command = f"corelora compare STUDY.yaml --output {folder.root}"
     return (
-        f"<h2>How it was made</h2><pre>{_text(command)}</pre><details><summary>versions</summary>{shown}</details>"
+        f"<h2>How it was made</h2><pre>{_text(folder.command)}</pre>"
+        f"<details><summary>versions</summary>{shown}</details>"
         f"<details><summary>{len(runs)} runs; recipe.yaml in its folder is the recipe of each</summary>"
         f"<ul>{names}</ul></details>"
     )

@@ -52,7 +52,7 @@ def _belongs(row: Mapping[str, Any], setting: Mapping[str, str]) -> bool:
 
 
 def _plain(value: Any) -> str:
-    return re.sub(r"[^a-z0-9.]", "", str(value).lower())
+    return re.sub(r"[^a-z0-9.+]", "", str(value).lower())
 
 
 def _measured(leader: Leader, figure: str, scale: float) -> str:

@@ -71,9 +71,9 @@ class Session:
         return [(run, group) for group in self.study.groups for run in self.folder.finalists(group)]
 
     def _make(self, runs: Sequence[tuple[Planned, Group | None]]) -> None:
-        works = {run.folder(self.root): self._work(run, group) for run, group in runs}
+        works = self._works(runs)
         self.known |= {run.folder(self.root): run for run, _ in runs}
-        todo = self._todo([work for work in works.values() if not work.is_done])
+        todo = self._todo(works)
         if not todo:
             return
         self.say(f"{len(todo)} of {len(works)} runs to make, in {self.root}")
@@ -85,21 +85,31 @@ class Session:
         Pool(devices, self._tell).run(tasks)
 
     def _todo(self, works: Sequence[Work]) -> list[Work]:
-        """This shard's part, without what has failed before."""
+        """What is missing of this shard's part, without what has failed before.
+
+        All works are counted, done or not: shards that begin at different times must share them alike.
+        """
         n, of = self.options.shard or (0, 1)
-        mine = [work for at, work in enumerate(works) if at % of == n]
+        mine = [work for at, work in enumerate(works) if at % of == n and not work.is_done]
         if self.options.retry:
             for work in mine:
                 (work.folder / FAILED).unlink(missing_ok=True)
         return [work for work in mine if not (work.folder / FAILED).is_file()]
 
-    def _work(self, run: Planned, group: Group | None) -> Work:
-        return Work(
-            recipe=run.recipe,
-            folder=run.folder(self.root),
-            final=group.finalists if group else None,
-            keep_models=self.options.keep_models or (group is None and self._may_be_final(run)),
-        )
+    def _works(self, runs: Sequence[tuple[Planned, Group | None]]) -> list[Work]:
+        """One for each run, with what every group that asks for it wants of a finalist."""
+        asked: dict[str, list[tuple[Planned, Group | None]]] = {}
+        for run, group in runs:
+            asked.setdefault(run.name, []).append((run, group))
+        return [
+            Work(
+                recipe=of_it[0][0].recipe,
+                folder=of_it[0][0].folder(self.root),
+                finals=tuple(g.finalists for _, g in of_it if g is not None and g.finalists is not None),
+                keep_models=self.options.keep_models or any(g is None and self._may_be_final(r) for r, g in of_it),
+            )
+            for of_it in asked.values()
+        ]
 
     def _may_be_final(self, run: Planned) -> bool:
         """Whether a finalist's weights would be looked at again."""
@@ -134,7 +144,8 @@ def start_study(path: Path, root: Path, overrides: Sequence[str] = (), data: Seq
     Raises:
         CoreLoraError: anything wrong with the study; recipes that can't be built; a folder with something else in it.
     """
-    return open_study(load_study(path, overrides, data), path.parent, root)
+    words = [*(f"--set={text}" for text in overrides), *(f"--data={text}" for text in data)]
+    return open_study(load_study(path, overrides, data), path.parent, root, path, words)
 
 
 def check_study(folder: StudyFolder) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corelora.errors import raise_all
+from corelora.errors import CoreLoraError, raise_all, unknown_name
+from corelora.evaluate.suites import load_suite, suite_names, with_data
 from corelora.recipe.tree import load_recipe, setting
 
 # What an axis may be called instead of the recipe's key.
@@ -64,6 +66,13 @@ class Finalists:
     limit: int | None = setting("Samples of each task, the first ones; all if not given.", None)
     updates: bool = setting("Measure norms and spectra of what the finalists learned.", False)
 
+    def problems(self) -> list[str]:
+        """Seeds twice, nobody chosen."""
+        found = [f"seeds: {n} is given twice" for n in _twice(self.seeds)]
+        if self.top is not None and self.top < 1:
+            found.append(f"top: at least 1 is expected, got {self.top}")
+        return found
+
 
 @dataclass(kw_only=True)
 class Group:
@@ -87,8 +96,10 @@ class Group:
     published: Published | None = setting("What a paper prints for it.", None)
 
     def problems(self) -> list[str]:
-        """Axes without values, tuned ones that are no axes, seeds that repeat."""
+        """Axes without values, tuned ones that are no axes, seeds that repeat, settings that stay and are none."""
         found = [] if self.axes else ["axes: none is given"]
+        found += [] if self.seeds else ["seeds: none is given"]
+        found += [f"seeds: {n} is given twice" for n in _twice(self.seeds)]
         found += [
             f"axes.{a}: a list of values, or names with keys, is expected" for a, v in self.axes.items() if not _fine(v)
         ]
@@ -107,6 +118,12 @@ class Group:
                 for setting_ in final.always
                 for axis in setting_
                 if axis not in compared
+            ]
+            found += [
+                f"finalists.always: {unknown_name(f'value of {axis}', label(value), labels(self.axes[axis]))}"
+                for setting_ in final.always
+                for axis, value in setting_.items()
+                if axis in compared and _fine(self.axes[axis]) and label(value) not in labels(self.axes[axis])
             ]
         return found
 
@@ -145,14 +162,83 @@ def load_study(path: Path, overrides: Sequence[str] = (), data: Sequence[str] = 
         CoreLoraError: every mistake at once.
     """
     study = load_recipe(Study, path, [f"set.{text}" for text in overrides])
+    missing = [r for r in _recipes(study) if not (path.parent / r).is_file()]
+    problems = [f"recipe: {r} is no file beside {path.name}" for r in missing]
+    problems += _hand_out(study, data)
     for group in study.groups:
-        if group.finalists is not None:
-            group.finalists.data += data
-    missing = [r for r in dict.fromkeys([study.recipe, *(g.recipe for g in study.groups)]) if r]
-    raise_all(
-        [f"recipe: {r} is no file beside {path.name}" for r in missing if not (path.parent / r).is_file()], str(path)
-    )
+        problems += [f"{group.name}: finalists: {p}" for p in _wrong_suites(group.finalists)]
+        problems += [f"{group.name}: published: {p}" for p in _wrong_published(group.published, path.parent)]
+    raise_all(problems, str(path))
     return study
+
+
+def label(value: Any) -> str:
+    """A value of an axis as tables show it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def labels(values: Any) -> list[str]:
+    """All of an axis."""
+    return [label(value) for value in values]
+
+
+def _recipes(study: Study) -> list[str]:
+    """Every recipe that a study names, in named values too."""
+    named = [
+        keys.get("recipe")
+        for group in study.groups
+        for values in group.axes.values()
+        if isinstance(values, dict)
+        for keys in values.values()
+    ]
+    return [str(r) for r in dict.fromkeys([study.recipe, *(g.recipe for g in study.groups), *named]) if r]
+
+
+def _hand_out(study: Study, data: Sequence[str]) -> list[str]:
+    """Give each group the local rows that its suites can use; what no suite of the study can is wrong."""
+    known: set[str] = set()
+    for final in (group.finalists for group in study.groups if group.finalists is not None and group.finalists.suites):
+        suites = [load_suite(name) for name in final.suites if name in suite_names() or Path(name).is_file()]
+        names = {f"{task}{end}" for suite in suites for task in suite.tasks for end in ("", ".train")}
+        final.data += [text for text in data if "=" not in text or text.partition("=")[0] in names]
+        known |= names
+    unused = [name for text in data if (name := text.partition("=")[0]) not in known and "=" in text]
+    return [f"--data {name}=...: {unknown_name('task', name, known)}" for name in unused]
+
+
+def _wrong_suites(final: Finalists | None) -> list[str]:
+    """What can't be evaluated: said before anything runs, not when the finalists are there."""
+    found: list[str] = []
+    suites = []
+    for name in final.suites if final is not None else ():
+        try:
+            suites.append(load_suite(name))
+            suites[-1].protocol(final.protocol if final else None)
+        except CoreLoraError as error:
+            found.append(str(error))
+    try:
+        if final is not None and len(suites) == len(final.suites):
+            with_data(suites, final.data)
+    except CoreLoraError as error:
+        found.append(str(error))
+    return found
+
+
+def _wrong_published(published: Published | None, where: Path) -> list[str]:
+    """A file that is not there, columns and labels that none of its rows has."""
+    if published is None:
+        return []
+    try:
+        data = json.loads((where / published.file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{published.file} can't be read ({error})"]
+    known = sorted({key for row in data["rows"] for key in row} - {"values"})
+    found = [unknown_name("column", c, data["columns"]) for c in published.columns if c not in data["columns"]]
+    return found + [f"where: {unknown_name('label', key, known)}" for key in published.where if key not in known]
+
+
+def _twice(seeds: Sequence[int]) -> list[int]:
+    return sorted({n for n in seeds if list(seeds).count(n) > 1})
 
 
 def _fine(values: Any) -> bool:

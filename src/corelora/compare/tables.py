@@ -15,7 +15,6 @@ from corelora.compare.study import Group
 from corelora.plan_memory import GIB
 
 SAME = "≈"  # marks settings whose distance from the best is within noise
-EDGE = " (edge)"  # follows a best value beyond which nothing was tried
 
 
 def group_leaders(folder: StudyFolder, group: Group, runs: Sequence[Standing]) -> list[Leader]:
@@ -43,10 +42,10 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
     for leader in found:
         for axis, value in leader.setting:
             columns[axis].append(value)
-        _add(columns, "best at", _shown(leader.tuned, leader.edges))
+        _add(columns, "best at", _shown(leader.tuned) + (f" ({leader.edge} tried)" if leader.edge else ""))
         _add(columns, score, _score(leader))
         _add(columns, "seeds", str(len(leader.scores) or ""))
-        for name in _suite_scores(found):
+        for name in (n for n in _suite_scores(found) if n != score):
             _add(columns, name.removeprefix("eval/"), _number(leader.average(name)))
         for name, values in published_columns(folder.where, group, found).items():
             _add(columns, name, values[leader.setting])
@@ -71,14 +70,50 @@ def leaders_text(folder: StudyFolder) -> str:
 
 
 def markdown(folder: StudyFolder) -> str:
-    """Every group's table in Markdown."""
-    parts = []
-    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+    """The study in Markdown: what was run, every group's table, failed runs and why, the command."""
+    standings = folder.standings()
+    everything = list({s.folder: s for runs in standings.values() for s in runs}.values())
+    parts = [f"# {folder.root.name}", folder.study.about, summary(everything)]
+    for group, runs in zip(folder.study.groups, standings.values(), strict=True):
         headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
         lines = [headers, ["---"] * len(headers), *rows]
         table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        parts.append(f"## {group.name}\n\n{group.about}\n\n{table}\n")
-    return "\n".join(parts)
+        parts += [f"## {group.name}", group.about, table]
+    if failed := failures(everything):
+        said = (f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed)
+        parts += ["## Failed runs", "\n".join(said)]
+    parts += ["## How it was made", f"    {folder.command}"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def summary(runs: Sequence[Standing]) -> str:
+    """How many runs there are and how they ended, and how to read the tables.
+
+    Args:
+        runs: of the study, each once.
+    """
+    count = {state: sum(s.state == state for s in runs) for state in ("done", "failed", "missing")}
+    seconds = sum((s.results or {}).get("seconds", 0) for s in runs)
+    shown = ", ".join(f"{n} {state}" for state, n in count.items() if n)
+    return (
+        f"{len(runs)} runs: {shown}; {seconds / 3600:.2f} hours of running. Each setting is judged at its best tuned "
+        "value; where that is the lowest or highest rate tried, a better one may lie beyond. "
+        f"{SAME} marks what is within noise of the best that has several seeds (Welch's t-test over seeds, 95 %); "
+        "a single seed can't say."
+    )
+
+
+def failures(runs: Sequence[Standing]) -> list[tuple[str, str, str]]:
+    """(group, labels and seed; name; error) of every run that failed.
+
+    Args:
+        runs: of the study, each once.
+    """
+    return [
+        (f"{s.run.group}, {_shown(tuple(s.run.labels.items()))}, seed {s.run.seed}", s.run.name, str(s.failed["error"]))
+        for s in runs
+        if s.failed is not None
+    ]
 
 
 def run_rows(folder: StudyFolder) -> list[dict[str, Any]]:
@@ -137,6 +172,7 @@ def _leader_data(leader: Leader) -> dict[str, Any]:
         "scores": {str(r.run.seed): s for r, s in zip(leader.runs, leader.scores, strict=True)},
         "within_noise_of_best": leader.noise,
         "usable_rates": leader.usable,
+        "best_at_the_edge": leader.edge,
         "early_loss": leader.early_loss,
         **figures,
         **{name: leader.average(name) for name in _suite_scores([leader])},
@@ -165,14 +201,16 @@ def _score(leader: Leader) -> str:
 
 
 def _usable(leader: Leader) -> str:
+    """Their width; "or more" where they reach an end of what was tried."""
     if leader.usable is None:
         return ""
     low, high = leader.usable
-    return f"{low:g} to {high:g} (x{high / low:.3g})" if high > low else f"{low:g}"
+    is_open = leader.tried is not None and (low == leader.tried[0] or high == leader.tried[1])
+    return f"{low:g} to {high:g} (x{high / low:.3g}{' or more' if is_open else ''})" if high > low else f"{low:g}"
 
 
-def _shown(labels: Labels, edges: Sequence[str]) -> str:
-    return ", ".join(f"{axis} {value}{EDGE if axis in edges else ''}" for axis, value in labels)
+def _shown(labels: Labels) -> str:
+    return ", ".join(f"{axis} {value}" for axis, value in labels)
 
 
 def _number(value: float | None, form: str = "{:.4f}") -> str:

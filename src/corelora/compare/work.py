@@ -31,30 +31,30 @@ class Work:
     Attributes:
         recipe: the run's.
         folder: the run's.
-        final: of a finalist: what it is evaluated on and measured for afterwards.
+        finals: of a finalist: what each group that chose it wants evaluated and measured afterwards.
         keep_models: keep the weights of fully fine-tuned models, which are as large as the model each.
     """
 
     recipe: Recipe
     folder: Path
-    final: Finalists | None = None
+    finals: tuple[Finalists, ...] = ()
     keep_models: bool = False
 
     @property
     def is_done(self) -> bool:
         """Whether nothing of it is left to do."""
-        return (self.folder / "results.json").is_file() and not self.left_suites and not self.left_updates
+        left = self.left_updates or any(self.left_suites(final) for final in self.finals)
+        return (self.folder / "results.json").is_file() and not left
 
-    @property
-    def left_suites(self) -> list[str]:
+    def left_suites(self, final: Finalists) -> list[str]:
         """Suites without a result file."""
         made = {p.name.split("-")[0] for p in (self.folder / "eval").glob("*.json")}
-        return [s for s in self.final.suites if s not in made] if self.final else []
+        return [s for s in final.suites if s not in made]
 
     @property
     def left_updates(self) -> bool:
         """Whether updates are still to be measured."""
-        return self.final is not None and self.final.updates and not (self.folder / UPDATES).is_file()
+        return any(final.updates for final in self.finals) and not (self.folder / UPDATES).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +104,21 @@ def _do(work: Work, threads: int) -> None:
         from corelora.compare.updates import measure_updates
 
         measure_updates(work.folder)
-    if work.final is not None and work.left_suites:
-        _evaluate(work, work.final)
+    for final in work.finals:
+        if left := work.left_suites(final):
+            _evaluate(work, final, left)
     if not work.keep_models:
         shutil.rmtree(work.folder / "model", ignore_errors=True)
 
 
-def _evaluate(work: Work, final: Finalists) -> None:
+def _evaluate(work: Work, final: Finalists, names: list[str]) -> None:
     from corelora.evaluate.job import Settings
     from corelora.evaluate.run import evaluate
     from corelora.evaluate.subject import find_subject
     from corelora.evaluate.suites import load_suite, with_data
 
     settings = Settings(limit=final.limit)
-    suites = with_data([load_suite(name) for name in work.left_suites], final.data)
+    suites = with_data([load_suite(name) for name in names], final.data)
     evaluate(find_subject(str(work.folder)), suites, final.protocol, settings)
 
 

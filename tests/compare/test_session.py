@@ -1,0 +1,55 @@
+"""Which runs a sitting makes: a shard's part, and what every group wants of a finalist; nothing is trained here."""
+
+from __future__ import annotations
+
+from compare.helpers import opened, pretend
+from corelora.compare.session import Options, Session
+
+GROUP = {"name": "rates", "axes": {"method": ["lora", "nlora"], "lr": [1e-4, 1e-3, 1e-2]}, "set": {"rank": 4}}
+
+
+def todo(study, shard):
+    """Names of the runs that a shard would make now."""
+    session = Session(study, Options(shard=shard), print)
+    works = session._works([(run, None) for run in study.first["rates"]])
+    return [work.folder.name for work in session._todo(works)]
+
+
+def test_shards_that_begin_at_different_times_share_alike(folder, tmp_path):
+    """What another shard has finished meanwhile moves no run from one shard to the other."""
+    study = opened(tmp_path, folder, [GROUP])
+    parts = [todo(study, (n, 2)) for n in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(run.name for run in study.first["rates"])
+    for done in parts[0]:
+        place = study.root / "runs" / done
+        place.mkdir(parents=True)
+        (place / "results.json").write_text("{}")
+        assert todo(study, (1, 2)) == parts[1]
+    assert todo(study, (0, 2)) == []
+
+
+def test_a_finalist_of_two_groups_does_what_both_want(folder, tmp_path):
+    """One run, whichever group is written last: suites of each, updates of either, its model kept until then."""
+    first = {**GROUP, "finalists": {"seeds": [1], "suites": ["gsm8k"], "protocol": "paper"}}
+    second = {**GROUP, "name": "plain", "axes": {"method": ["lora"], "lr": [1e-4]}, "finalists": {"seeds": [1]}}
+    third = {**second, "name": "more", "finalists": {"seeds": [1], "updates": True}}
+    study = opened(tmp_path, folder, [first, second, third])
+    session = Session(study, Options(), print)
+    shared = study.first["plain"][0].name
+    assert next(w for w in works(session) if w.folder.name == shared).keep_models
+    pretend(study, lambda run: run.recipe.optim.lr)
+    for group in study.study.groups:
+        pretend(study, lambda run: run.recipe.optim.lr, study.finalists(group))
+    final = next(w for w in session._works(session._final_runs()) if w.folder.name == shared)
+    assert [f.suites for f in final.finals] == [["gsm8k"], [], []]
+    assert final.left_updates
+    (final.folder / "updates.json").write_text("{}")
+    assert not final.is_done
+    (final.folder / "eval").mkdir()
+    (final.folder / "eval" / "gsm8k-paper.json").write_text("{}")
+    assert final.is_done
+
+
+def works(session):
+    """Works of the first seeds."""
+    return session._works([(run, None) for runs in session.folder.first.values() for run in runs])
