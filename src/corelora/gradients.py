@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from corelora.errors import CoreLoraError
 from corelora.layers import LinearView, View, view_of
-from corelora.measured import Stats, measured_layers, weight_sample
+from corelora.measured import Batch, Stats, measured_layers, moved, weight_sample
 from corelora.outer import Triplets, orthonormal, random_signs, signed, truncated_svd
 from corelora.registry import STATS
 from corelora.spec import AdapterSpec
@@ -32,7 +32,6 @@ from corelora.spec import AdapterSpec
 EXACT = 2**20  # numbers: gradients up to this size are kept whole
 MORE = 16  # directions of a sketch beside twice those asked for, which matter where those are few
 
-Batch = Mapping[str, Any] | Tensor
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -219,7 +218,7 @@ def collect_gradients(
     with _recording(model, layers, sums):
         for batch in tqdm(batches, desc="gradient statistics", unit="batch", disable=not progress, delay=2):
             seen += 1
-            value = loss(model, _moved(batch, device))
+            value = loss(model, moved(batch, device))
             if not bool(torch.isfinite(value)):
                 raise CoreLoraError(f"collect_gradients: the loss of batch {seen} is {value.item()}")
             if value.requires_grad:  # else it depends on no layer that is recorded
@@ -238,12 +237,6 @@ def _inner(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Modul
         for name, layer in layers.items()
         if not isinstance(layer, nn.Embedding) and not any(layer is head for head in heads)
     }
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @torch.no_grad()

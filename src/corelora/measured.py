@@ -23,6 +23,8 @@ from corelora.registry import OUTERS, STATS
 from corelora.spec import AdapterSpec
 from corelora.storage import BaseWeight, backend_of, gathered, wrapped_layer
 
+Batch = Mapping[str, Any] | Tensor  # what a model is run on
+
 
 class Stats(ABC):
     """Numbers measured on a model's layers, by layer name.
@@ -122,7 +124,8 @@ def measured_layers(model: nn.Module, target_modules: str | Iterable[str] | None
     """
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     names = None if targets is None or "all-linear" in targets else list(targets)
-    layers = {plain_name(key): layer for key, layer in _adaptable(model) if _matches(plain_name(key), names)}
+    layers = {plain_name(key): layer for key, layer in _adaptable(model)}
+    layers = {n: m for n, m in layers.items() if names is None or any(n == t or n.endswith(f".{t}") for t in names)}
     if not layers:
         raise CoreLoraError(f"{who}: target_modules {target_modules!r} match no layer of a supported kind")
     return layers
@@ -133,11 +136,11 @@ def plain_name(key: str) -> str:
     return key.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def _matches(name: str, targets: str | Iterable[str] | None) -> bool:
-    if targets is None or targets == "all-linear":
-        return True
-    names = [targets] if isinstance(targets, str) else targets
-    return any(name == t or name.endswith(f".{t}") for t in names)
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from corelora.errors import CoreLoraError
 from corelora.layers import ConvView, View, view_of
-from corelora.measured import Stats, measured_layers, weight_sample
+from corelora.measured import Batch, Stats, measured_layers, moved, weight_sample
 from corelora.registry import STATS
 from corelora.spec import AdapterSpec
 
@@ -229,10 +229,9 @@ def _mask_for(x: Tensor, masks: dict[str, Tensor], decodes: bool) -> Tensor | No
     return None
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> None:
-    device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        model(batch.to(device))
+def _run(model: nn.Module, batch: Batch) -> None:
+    inputs = moved(batch, next(model.parameters()).device)
+    if isinstance(inputs, Tensor):
+        model(inputs)
     else:
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-        model(**inputs)
+        model(**{k: v for k, v in inputs.items() if k != "labels"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def kept_in(root: Path, study: Study, where: Path) -> dict[str, Any]:
     Returns:
         The study in plain types, with the copies, relative to `root`, in place of the files.
     """
-    data = copy.deepcopy(as_data(study))
+    data = as_data(study)
     (root / PARTS).mkdir(parents=True, exist_ok=True)
 
     def keep(holder: dict[str, Any], key: str, is_recipe: bool) -> None:
