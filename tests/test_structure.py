@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import symtable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,19 @@ def _is_public(module: str) -> bool:
     import peft
 
     return module.startswith(PEFT_PUBLIC) or (module.count(".") == 1 and module.split(".")[1] in peft.__all__)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_comprehensions_agree_on_a_name(name):
+    """Python 3.12.0 to 3.12.3 loses a global that is the variable of another comprehension in the same function."""
+    pending = [symtable.symtable(FILES[name].read_text(), name, "exec")]
+    while pending:
+        scope = pending.pop()
+        pending += scope.get_children()
+        inner = [c for c in scope.get_children() if c.get_name() in ("listcomp", "setcomp", "dictcomp")]
+        symbols = [s for comprehension in inner for s in comprehension.get_symbols()]
+        own = {s.get_name() for s in symbols if s.is_local()}
+        assert not own & {s.get_name() for s in symbols if s.is_global()}, f"{name}: {scope.get_name()}"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -145,7 +145,7 @@ def _points(group: Group) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
 def _values(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """(label, recipe keys) of each value of an axis."""
     if isinstance(values, Mapping):
-        return [(str(label), dict(keys)) for label, keys in values.items()]
+        return [(str(given), dict(keys)) for given, keys in values.items()]
     return [(label(v), {axis: v}) for v in values]
 
 
