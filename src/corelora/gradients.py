@@ -108,9 +108,8 @@ class _Sum:
         self.generator = torch.Generator().manual_seed(seed)
         self.whole = self.Y = self.Z = torch.zeros(())
         if not self.is_whole:
-            # Signs of one byte: half of the memory that is kept would be test matrices else.
-            self.omega = random_signs((i, k), self.generator).to(torch.int8)
-            self.psi = random_signs((l, o), self.generator).to(torch.int8)
+            self.omega = random_signs((i, k), self.generator)
+            self.psi = random_signs((l, o), self.generator)
 
     def add(self, x: Tensor, dy: Tensor) -> None:
         """Add the gradient of one batch.

@@ -179,7 +179,7 @@ def _randomized_svd(W: Tensor, r: int, generator: torch.Generator) -> tuple[Tens
     128th): four iterations keep 98.6 to 99.98 % of the exact energy there, these on average nine at least 99.97 %.
     """
     width = min(r + max(16, r // 2), min(W.shape))
-    Q = orthonormal(W @ random_signs((W.shape[1], width), generator).to(W))
+    Q = orthonormal(W @ random_signs((W.shape[1], width), generator, W.device).to(W), passes=1)
     before = 0.0
     for n in range(POWER_ITERATIONS + 1):
         Y = W.T @ Q
@@ -188,22 +188,26 @@ def _randomized_svd(W: Tensor, r: int, generator: torch.Generator) -> tuple[Tens
             break
         before = kept
         if n < 2:  # steep spectra, whose small directions drown without it on each side, are done by then
-            Y = orthonormal(Y)
-        Q = orthonormal(W @ Y)
+            Y = orthonormal(Y, passes=1)
+        Q = orthonormal(W @ Y, passes=1)
     right = orthonormal(Y)
     # W ~ Q Y^T = Q R^T right^T: only a small matrix is decomposed, and so small a one sooner on the CPU
     U, S, Vh = (t.to(W) for t in torch.linalg.svd((Y.T @ right).double().cpu()))
     return (Q @ U)[:, :r], S[:r], Vh[:r] @ right.T
 
 
-def orthonormal(Y: Tensor) -> Tensor:
+def orthonormal(Y: Tensor, passes: int = 2) -> Tensor:
     """An orthonormal basis of the columns of Y[n,l], l at most n: Cholesky's QR, twice, in float64.
 
     Householder's QR, column after column, keeps a GPU waiting; it is taken where columns depend on each other.
     Yamamoto 2015, "Roundoff error analysis of the Cholesky QR2 algorithm".
+
+    Args:
+        Y: the columns.
+        passes: one leaves an error of 1e-16 times the square of Y's condition, enough between two power iterations.
     """
     Q = Y.double()
-    for _ in range(2):
+    for _ in range(passes):
         L, failed = torch.linalg.cholesky_ex(Q.T @ Q)
         if failed:
             return torch.linalg.qr(Y).Q
@@ -211,11 +215,15 @@ def orthonormal(Y: Tensor) -> Tensor:
     return Q.to(Y)
 
 
-def random_signs(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A matrix of -1 and 1, as good as a Gaussian one for a range finder, of one random bit each."""
-    words = torch.empty(-(-shape[0] * shape[1] // 32), dtype=torch.int64).random_(generator=generator)
-    bits = (words[:, None] >> torch.arange(32)) & 1
-    return (2 * bits - 1).flatten()[: shape[0] * shape[1]].view(shape)
+def random_signs(shape: tuple[int, int], generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """An int8 matrix of -1 and 1, as good as a Gaussian one for a range finder, of one random bit each.
+
+    The bits are drawn on the CPU, the same for every device, and become numbers on theirs.
+    """
+    entries = shape[0] * shape[1]
+    octets = torch.empty(-(-entries // 8), dtype=torch.uint8).random_(0, 256, generator=generator).to(device)
+    bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return bits.to(torch.int8).mul_(2).sub_(1).flatten()[:entries].view(shape)
 
 
 def _place_singular_values(U: Tensor, S: Tensor, Vh: Tensor, where: str) -> tuple[Tensor, Tensor]:
