@@ -1,37 +1,30 @@
-"""Writes the tables of README.md and docs/ from the result files and the registry: `python docs/make_tables.py`.
+"""Writes tables and figures of README.md and docs/ from result files and the registry: `python docs/make_tables.py`.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`. With `--check` nothing is written and the exit code
-says whether all tables are current.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, a figure in a sentence between
+`<!-- figure NAME FORMAT -->` and `<!-- /figure -->` (figures.py). With `--check` nothing is written; the exit code says
+whether all are current.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import statistics
 import sys
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import figures
+from key_tables import keys, recipe_parts, table
 
 import corelora
 from corelora.bench.floors import all_shapes, floor
 from corelora.bench.peers import Ranks
 from corelora.bench.tables import Table, layers_tables, serve_tables, start_tables, step_tables
 from corelora.compare.study import Finalists, Group, Published, Study
-from corelora.recipe import Recipe
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def methods() -> str:
@@ -40,22 +33,22 @@ def methods() -> str:
     for name in corelora.list_methods():
         m, c = METHODS[name], METHODS[name].default
         rows.append([f"`{name}`", m.title, c.outer, c.core, " ".join(c.train), c.start.replace("_", " "), m.paper])
-    return _table(["method", "", "outer", "core", "trains", "start", "source"], rows)
+    return table(["method", "", "outer", "core", "trains", "start", "source"], rows)
 
 
 def early_runs() -> str:
     """Losses of the first runs on a real model."""
-    data = json.loads((RESULTS / "early-runs.json").read_text())
+    data = figures.read("early-runs.json")
     rows = []
     for run in data["runs"]:
         loss = "diverged" if run["test_loss"] is None else f"{run['test_loss']:.3f}"
         rows.append([run["method"], run["settings"], run["trained"], loss])
-    return f"{data['what']}.\n\n" + _table(["method", "settings", "trained", "test loss"], rows)
+    return f"{data['what']}.\n\n" + table(["method", "settings", "trained", "test loss"], rows)
 
 
 def _lines(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the run, its results) of a file that `corelora bench ... --json` wrote."""
-    lines = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    lines = figures.lines(name)
     return lines[0], [line for line in lines[1:] if line["kind"] in ("result", "decomposition")]
 
 
@@ -64,7 +57,7 @@ def _benched(tables: list[Table]) -> str:
     parts = []
     for title, header, rows in tables:
         kept = [n for n in range(len(header)) if n == 0 or any(row[n] != "-" for row in rows)]
-        parts.append(f"{title}.\n\n" + _table([header[n] for n in kept], [[row[n] for n in kept] for row in rows]))
+        parts.append(f"{title}.\n\n" + table([header[n] for n in kept], [[row[n] for n in kept] for row in rows]))
     return "\n\n".join(parts)
 
 
@@ -72,11 +65,25 @@ def bench(kind: str, name: str) -> Callable[[], str]:
     """A table of what `corelora bench KIND --json docs/results/NAME` measured."""
     make = {"step": step_tables, "init": start_tables, "serve": serve_tables, "layers": layers_tables}[kind]
 
-    def table() -> str:
+    def made() -> str:
         run, results = _lines(name)
         return _benched(make(results, run))
 
-    return table
+    return made
+
+
+def step_again() -> str:
+    """A second process on an H100, and how long the GPU itself was busy by a profile."""
+    known = figures.values()
+    rows = []
+    for name in ("inttune", "nora", "lora", "slora", "nlora"):
+        busy = [known[f"notes.busy-{name}{end}"] for end in ("", ".to") if f"notes.busy-{name}{end}" in known]
+        own = [known.get(f"step-h100-again.{name}.{key}") for key in ("ratio", "gib_over_base")]
+        ratio, memory = (
+            "-" if v is None else figures.shown(v, spec) for v, spec in zip(own, (".3f", ".2f"), strict=True)
+        )
+        rows.append([METHODS[name].title, ratio, memory, " to ".join(f"{v:.2f}" for v in busy)])
+    return table(["", "times base", "GiB over base", "GPU busy, times base"], rows)
 
 
 def floors() -> str:
@@ -87,12 +94,12 @@ def floors() -> str:
         at_best = floor(name, shapes, ranks)
         saved = f"{'x, ' if at_best.saves_input else ''}{at_best.saved // ranks.r} T r numbers".replace(" 1 T", " T")
         rows.append([METHODS[name].title, f"{at_best.times_base:.3f}", saved])
-    return _table(["", "times the frozen base, at best", "kept for the backward pass"], rows)
+    return table(["", "times the frozen base, at best", "kept for the backward pass"], rows)
 
 
 def plan() -> str:
     """Sizes on LLaMA-2-7B, as `corelora plan llama --r 128 --json` has them."""
-    data = json.loads((RESULTS / "plan-llama-2-7b.json").read_text())
+    data = figures.read("plan-llama-2-7b.json")
     rows = []
     for p in data["plans"]:
         small = "" if p["file_bytes_small"] is None else f" ({p['file_bytes_small'] / 1e6:.1f} without outer factors)"
@@ -106,14 +113,14 @@ def plan() -> str:
         "largest batch in 24 GiB",
     ]
     what = "LLaMA-2-7B, all seven linear types, r = 128 (NoRA k = 64), bfloat16 base, 4 x 512 tokens, AdamW"
-    return f"`corelora plan llama --r 128`: {what}; counted and estimated, not measured.\n\n" + _table(header, rows)
+    return f"`corelora plan llama --r 128`: {what}; counted and estimated, not measured.\n\n" + table(header, rows)
 
 
 def training(task: str, metric: str, percent: bool) -> Callable[[], str]:
     """Runs of recipes on one task, by method and rate."""
 
     def made() -> str:
-        runs = json.loads((RESULTS / "training-h100.json").read_text())["runs"]
+        runs = figures.read("training-h100.json")["runs"]
         rows = []
         for run in runs:
             if run["task"] == task:
@@ -121,68 +128,16 @@ def training(task: str, metric: str, percent: bool) -> Callable[[], str]:
                 shown = run["failed"] if value is None else f"{100 * value:.1f}" if percent else f"{value:.4f}"
                 trained = f"{run['trained']:,}" if "trained" in run else "-"
                 rows.append([run["method"], f"{run['lr']:g}", trained, shown])
-        return _table(["method", "lr", "trained", metric.removeprefix("test_").replace("_", " ")], rows)
+        return table(["method", "lr", "trained", metric.removeprefix("test_").replace("_", " ")], rows)
 
     return made
-
-
-def keys(part: type) -> Callable[[], str]:
-    """Every key of a part of a file that a user writes."""
-
-    def made() -> str:
-        hints = typing.get_type_hints(part)
-        rows = []
-        for f in dataclasses.fields(part):
-            default = "required" if f.default is f.default_factory is dataclasses.MISSING else _default(f)
-            what = str(f.metadata["help"]).replace("|", "\\|")
-            rows.append([f"`{f.name}`", _kind(hints[f.name], f.metadata.get("choices")), default, what])
-        return _table(["key", "value", "if not given", "what"], rows)
-
-    return made
-
-
-def _kind(hint: Any, choices: Any) -> str:
-    """A type in a reader's words."""
-    if choices:
-        return " ".join(f"`{c}`" for c in choices)
-    inner = [t for t in typing.get_args(hint) if t is not type(None)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_kind(t, None) for t in inner)
-    if typing.get_origin(hint) is list:
-        return "keys, in a list" if dataclasses.is_dataclass(inner[0]) else "a list"
-    if typing.get_origin(hint) is dict or hint is Any or dataclasses.is_dataclass(hint):
-        return "keys"
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
-
-
-def recipe_parts() -> str:
-    """All parts of a recipe, each with its keys: whatever the classes have, so that a new part is here at once."""
-    sections = [f"## The file\n\n{keys(Recipe)()}"]
-    queue = [("", Recipe)]
-    while queue:
-        path, part = queue.pop(0)
-        hints = typing.get_type_hints(part)
-        for f in dataclasses.fields(part):
-            nested = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
-            for below in nested[:1]:
-                where = f"{path}{f.name}"
-                queue.append((f"{where}.", below))
-                sections.append(f"## `{where}`\n\n{below.__doc__.splitlines()[0]}\n\n{keys(below)()}")
-    return "\n\n".join(sections)
-
-
-def _default(f: dataclasses.Field) -> str:
-    value = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-    if dataclasses.is_dataclass(value):
-        return "its own defaults"
-    return "" if value in (None, "") else f"`{json.dumps(value)}`"
 
 
 def study(name: str) -> Callable[[], str]:
     """What a study took and the leaders of each of its groups, as `corelora compare ... --json` printed them."""
 
     def made() -> str:
-        data = json.loads((RESULTS / name).read_text())
+        data = figures.read(name)
         runs = {run["run"]: run.get("seconds", 0) for run in data["runs"]}  # two groups may share one
         where = f"{data['versions']['device']}, {data['versions']['threads']} threads"
         parts = [f"{len(runs)} runs, {sum(runs.values()) / 60:.1f} minutes of training; {where}."]
@@ -204,12 +159,12 @@ def _leaders(group: dict[str, Any]) -> str:
         rows.append([*leader["setting"].values(), tuned, score + same, str(len(leader["scores"])), trained])
     header = [*group["leaders"][0]["setting"], "best at", group["score"].replace("_", " "), "seeds", "trained"]
     kept = [n for n in range(len(header)) if any(row[n] for row in rows)]
-    return _table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])
+    return table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def clip() -> str:
     """Few-shot steps on a CLIP of ViT-B/16 size, from the runs' own metrics."""
-    data = json.loads((RESULTS / "clip-b16-h100.json").read_text())
+    data = figures.read("clip-b16-h100.json")
     rows = []
     for run in data["runs"]:
         times = sorted(run["seconds a step"])
@@ -217,12 +172,30 @@ def clip() -> str:
         memory = f"{run['peak_memory'] / 2**30:.2f}"
         rows.append([run["method"], f"{run['trained']:,}", f"{statistics.median(times):.3f}", spread, memory])
     header = ["method", "trained", "seconds a step", "from to", "peak GiB"]
-    return f"{data['what']}; {data['versions']['device']}.\n\n" + _table(header, rows)
+    return f"{data['what']}; {data['versions']['device']}.\n\n" + table(header, rows)
+
+
+def vision_cpu() -> str:
+    """Short runs on pictures, noted down when they were made; what came out of those whose results are kept."""
+    rows = []
+    for run in figures.read("vision-cpu.json")["runs"]:
+        out = "-"
+        if run["results"]:
+            own = figures.read(run["results"])
+            run |= {"trained": own["trained_parameters"], "seconds": own["seconds"]}
+            run["peak_gib"] = own["peak_memory"] / 2**30
+            pictures, chance = sum(c["pictures"] for c in own["classes"].values()), 100 / len(own["classes"])
+            out = f"{100 * own['test_accuracy']:.1f} % of {pictures} test pictures (chance: {chance:.0f} %)"
+        step = f"{run['step_seconds']:.1f}, {run['pictures']} pictures"
+        command = " ".join(filter(None, [f"`{run['command']}`", run["also"]]))
+        rows.append([command, f"{run['trained']:,}", f"{run['seconds']:.0f}", step, f"{run['peak_gib']:.1f}", out])
+    header = ["command", "trained", "seconds", "seconds a step", "peak of the process, GiB", "what came out"]
+    return table(header, rows)
 
 
 def sdxl() -> str:
     """Steps of an SDXL-size UNet, as `benchmarks/sdxl.py` printed them."""
-    run, *results = [json.loads(line) for line in (RESULTS / "sdxl-h100.jsonl").read_text().splitlines()]
+    run, *results = figures.lines("sdxl-h100.jsonl")
     rows = []
     for r in results:
         spread = f"{r['spread'][0]:.2f} to {r['spread'][1]:.2f}"
@@ -230,12 +203,12 @@ def sdxl() -> str:
         rows.append([r["method"], f"{r['trained']:,}", f"{r['seconds']:.2f}", spread, start, peak])
     header = ["method", "trained", "seconds a step, median", "from to", "seconds to begin", "peak GiB"]
     what = f"an SDXL-size UNet, {run['side']} x {run['side']} pixels, batch 1, {run['dtype']}, recomputed activations"
-    return f"{what}, {results[0]['steps']} steps each in turn; {run['device']}.\n\n" + _table(header, rows)
+    return f"{what}, {results[0]['steps']} steps each in turn; {run['device']}.\n\n" + table(header, rows)
 
 
 def graphs() -> str:
     """Runs with and without CUDA graphs, as `benchmarks/graphs.py` printed them."""
-    lines = [json.loads(line) for line in (RESULTS / "graphs-h200.jsonl").read_text().splitlines()]
+    lines = figures.lines("graphs-h200.jsonl")
     times = {graphs: [r["step_seconds"] for r in lines if r["graphs"] == graphs] for graphs in ("off", "auto")}
     rows = []
     for graphs, own in times.items():
@@ -244,54 +217,53 @@ def graphs() -> str:
         rows.append([f"`loop.graphs: {graphs}`", f"{statistics.median(own):.3f}", f"{gain:.1f}", f"{memory:.1f}"])
     header = ["", "seconds a step, median", "times as fast", "peak GiB"]
     what = f"{lines[0]['device']}, torch {lines[0]['torch']}, {len(times['off'])} run of each kind"
-    return f"{what}.\n\n" + _table(header, rows)
+    return f"{what}.\n\n" + table(header, rows)
 
 
 def blocks() -> str:
     """An adapter's second product whole and in blocks, as `benchmarks/blocks.py` printed it."""
     rows = []
-    for line in (RESULTS / "blocks-h200.jsonl").read_text().splitlines():
-        r = json.loads(line)
+    for r in figures.lines("blocks-h200.jsonl"):
         if r["q"] == 128 and not r["trans"]:
             best = [min(v for k, v in r.items() if k.startswith(kind)) for kind in ("rows", "cols")]
             ratios = [f"{value / r['base']:.3f}" for value in (r["whole"], r["after"], *best)]
             rows.append([f"{r['o']} x {r['i']}", f"{r['base']:.0f}", *ratios])
-    return _table(["W", "x W^T, µs", "F L first, whole", "F L after", "best in rows", "best in columns"], rows)
+    return table(["W", "x W^T, µs", "F L first, whole", "F L after", "best in rows", "best in columns"], rows)
 
 
 def gsm8k_time() -> str:
     """How long an evaluation took, and what came out."""
-    data = json.loads((RESULTS / "gsm8k-smollm2-base-h100.json").read_text())
+    data = figures.read("gsm8k-smollm2-base-h100.json")
     score = next(iter(data["scores"].values()))
     value = f"{100 * score['value']:.2f} ± {100 * score['stderr']:.2f} %"
     row = [data["protocol"], data["dtype"], str(data["settings"]["batch_size"]), f"{data['seconds']:.1f}", value]
-    return _table(["protocol", "type", "batch", "seconds, loading included", "right"], [row])
+    return table(["protocol", "type", "batch", "seconds, loading included", "right"], [row])
 
 
 def agreement() -> str:
     """Our verdicts beside the harness's, as `benchmarks/harness_agreement.py` wrote them."""
-    data = json.loads((RESULTS / "gsm8k-agreement.json").read_text())
+    data = figures.read("gsm8k-agreement.json")
     rows = []
     for name, pair in data["agreement"].items():
         ours, _, theirs = name.partition(" and ")
         rows.append([f"`{ours}`", f"`{theirs}`", f"{100 * pair['agreement']:.2f} % of {pair['n']:,}"])
-    return _table(["our reader", "the harness's filter", "same verdict"], rows)
+    return table(["our reader", "the harness's filter", "same verdict"], rows)
 
 
 def batched() -> str:
     """Replies in batches and one by one, as `benchmarks/batched_replies.py` wrote them."""
-    data = json.loads((RESULTS / "batched-replies.json").read_text())
+    data = figures.read("batched-replies.json")
     rows = []
     for kind in data["types"]:
         gaps = sorted(kind["gaps where not"])
         shown = f"{statistics.median(gaps):.3f}, at most {gaps[-1]:.3f}" if gaps else "-"
         rows.append([kind["dtype"], f"{kind['equal']} of {kind['replies']}", shown])
-    return _table(["type", "same text", "gap of the two highest logits where they part, median"], rows)
+    return table(["type", "same text", "gap of the two highest logits where they part, median"], rows)
 
 
 def decomposition() -> str:
     """Output errors of rank-r decompositions by kind of layer, as `benchmarks/decomposition.py` wrote them."""
-    data = json.loads((RESULTS / "decomposition-smollm2.json").read_text())
+    data = figures.read("decomposition-smollm2.json")
     kinds = sorted({layer["layer"].rpartition(".")[2] for layer in data["layers"]})
     rows = []
     for kind in [*kinds, ""]:
@@ -302,12 +274,13 @@ def decomposition() -> str:
             less = statistics.mean(1 - e["AwSVD, power 0.5"][n] / e["SVD"][n] for e in own)
             row.append(f"{svd:.3f} → {awsvd:.3f} (-{100 * less:.0f} %)")
         rows.append(row)
-    return _table(["SVD → AwSVD", *(f"r = {r}" for r in data["ranks"])], rows)
+    return table(["SVD → AwSVD", *(f"r = {r}" for r in data["ranks"])], rows)
 
 
 TABLES = {
     "decomposition": decomposition,
     "clip-b16": clip,
+    "vision-cpu": vision_cpu,
     "sdxl": sdxl,
     "gsm8k-time": gsm8k_time,
     "gsm8k-agreement": agreement,
@@ -328,6 +301,7 @@ TABLES = {
     "floors": floors,
     "step": bench("step", "step-h200.jsonl"),
     "step-h100": bench("step", "step-h100.jsonl"),
+    "step-h100-again": step_again,
     "graphs": graphs,
     "blocks": blocks,
     "energy": bench("init", "energy-smollm2.jsonl"),
@@ -337,17 +311,17 @@ TABLES = {
 
 
 def filled(text: str) -> str:
-    """The text with every table made anew."""
+    """The text with every table and every figure made anew."""
 
     def replace(match: re.Match[str]) -> str:
         name = match.group(1)
         return f"<!-- table {name} -->\n{TABLES[name]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return figures.fill(re.sub(r"<!-- table ([a-z0-9-]+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL))
 
 
 def main() -> int:
-    """Write the tables, or with --check tell which are stale."""
+    """Write tables and figures, or with --check tell which documents are stale."""
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text()
@@ -356,7 +330,7 @@ def main() -> int:
             stale.append(path.relative_to(ROOT).as_posix())
             if "--check" not in sys.argv:
                 path.write_text(new)
-    print(f"stale: {', '.join(stale)}" if stale else "all tables are current")
+    print(f"stale: {', '.join(stale)}" if stale else "all tables and figures are current")
     return 1 if stale and "--check" in sys.argv else 0
 
 
