@@ -94,6 +94,11 @@ def test_single_mistakes(folder, tmp_path, parts, words):
     assert len(str(caught.value).splitlines()) == 1, str(caught.value)
 
 
+def test_pictures_have_no_lengths(folder, tmp_path):
+    with pytest.raises(CoreLoraError, match="rows of the task image_classification are pictures"):
+        check(make_recipe(folder, task="image_classification", data={"group_by_length": True}), tmp_path / "out")
+
+
 def test_a_folder_with_a_run(folder, tmp_path):
     recipe = make_recipe(folder, loop={"steps": 2})
     assert "folder    " not in plan(recipe, tmp_path / "run")

@@ -84,7 +84,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     found += model_problems(recipe.model)
     found += _reporter_problems(recipe)
     found += start_problems(recipe.model, full=is_whole(recipe.method))
-    data = TASKS[recipe.task].problems(recipe) if recipe.task in TASKS else []
+    data = TASKS[recipe.task].problems(recipe) + _length_problems(recipe) if recipe.task in TASKS else []
     found += data
     found += _gradient_problems(recipe) if sound and recipe.task in TASKS else []
     config = None
@@ -236,6 +236,13 @@ def _gradient_problems(recipe: Recipe) -> list[str]:
         f"method.name: {recipe.method['name']} starts from first gradients, and in the task {recipe.task} the model "
         "gives no loss to take them of; give method.stats a file of corelora.collect_gradients, or take another method."
     ]
+
+
+def _length_problems(recipe: Recipe) -> list[str]:
+    """Rows to be grouped by lengths that they don't have."""
+    if not recipe.data.group_by_length or TASKS[recipe.task].reads_tokens:
+        return []
+    return [f"data.group_by_length: rows of the task {recipe.task} are pictures, all of one size; leave it out."]
 
 
 def _test_problems(recipe: Recipe) -> list[str]:

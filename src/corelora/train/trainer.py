@@ -20,6 +20,7 @@ from corelora.train.adalora import adalora_of, all_ranks, save_budget
 from corelora.train.checkpoints import ResumableTrainer, newest_checkpoint
 from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output
 from corelora.train.graphs import make_graphs
+from corelora.train.lengths import LengthSampler, row_lengths
 from corelora.train.optim import make_optimizer
 
 
@@ -46,6 +47,13 @@ class RunTrainer(ResumableTrainer):
             decayed = set(self.get_decay_parameter_names(where))
             self.optimizer = make_optimizer(self.recipe.optim, self.args, where, decayed)
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows of like length together, where the recipe asks for it."""
+        if not self.recipe.data.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        step_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthSampler(row_lengths(self.train_dataset), step_rows, self.recipe.loop.seed)
 
     def _save(self, *args: Any, **options: Any) -> None:
         """With all of AdaLoRA's ranks: the run may go on from here."""
@@ -100,6 +108,11 @@ class RunTrainer(ResumableTrainer):
 
 class ReplyTrainer(RunTrainer):
     """Language models: the test loss is a mean over all trained tokens, whatever batch they were in."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Longest rows first: sums don't depend on the order, and padding takes time."""
+        lengths = row_lengths(eval_dataset)
+        return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
