@@ -145,6 +145,11 @@ class LoopPart:
         "off",
         choices=("off", "auto", "on"),
     )
+    liger: bool = setting(
+        "Liger's kernels for norms, rotations, the MLP's activation and, without graphs, a loss that never holds all "
+        "logits; on a GPU, for the models that Liger-Kernel knows.",
+        False,
+    )
     fold: bool = setting("Run with a subtracted start in the base weights: faster, rounded to their storage.", False)
     seed: int = setting("Seed of starts, order of rows and dropout.", 0)
     log_every: int = setting("Steps between two lines of metrics.jsonl.", 5)

@@ -29,6 +29,7 @@ from corelora.train.arguments import precision_problems, trial_problems, weight_
 from corelora.train.checkpoints import newest_checkpoint
 from corelora.train.folder import RunFolder
 from corelora.train.graphs import graph_problems
+from corelora.train.liger import liger_problems
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
 from corelora.train.methods import clipped_ranks, is_whole, wanted_stats
 from corelora.train.methods import problems as method_problems
@@ -95,7 +96,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     except CoreLoraError as error:
         found.append(str(error))
     precision = precision_problems(recipe, config)
-    found += precision
+    found += precision + liger_problems(recipe, config)
     found += graph_problems(recipe) if recipe.loop.graphs == "on" else []
     model = None
     if config is not None and sound:
