@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
@@ -40,6 +41,8 @@ class ImageClassification(PictureTask):
             _begin_anew(model, self.heads(model))
         if not is_full(recipe.method):
             freeze_batch_norms(model)
+        if not torch.cuda.is_available():  # two thirds of the time of a step there, or less
+            model.to(memory_format=torch.channels_last)
         return model
 
     def heads(self, model: nn.Module) -> list[str]:
