@@ -36,7 +36,7 @@ class ImageClassification(PictureTask):
     def load_model(self, recipe: Recipe, config: Any, processor: Any, source: str | None) -> nn.Module:
         """With a new head, unless the weights are those of an earlier run; batch norms frozen unless all trains."""
         checkpointing = recipe.loop.checkpointing
-        model: nn.Module = load_model(recipe.model, config, self.auto_class, checkpointing, source, new_head=True)
+        model: Any = load_model(recipe.model, config, self.auto_class, checkpointing, source, new_head=True)
         if source is None:
             _begin_anew(model, self.heads(model))
         if not is_full(recipe.method):
