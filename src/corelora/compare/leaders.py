@@ -177,15 +177,23 @@ def _rates_of(group: Group) -> str | None:
 
 
 def _with_noise(leader: Leader, best: Leader | None) -> Leader:
-    """Compare with the best by Welch's t-test: two standard errors are too few for two or three seeds."""
-    if best is None or leader is best or leader.deviation is None or best.deviation is None:
-        return leader
-    own, its = leader.deviation**2 / len(leader.scores), best.deviation**2 / len(best.scores)
+    """Compare with the best."""
+    reach = None if best is None or leader is best else noise_of(leader, best)
+    return leader if reach is None or best is None else replace(leader, noise=abs(leader.mean - best.mean) <= reach)
+
+
+def noise_of(one: Leader, other: Leader) -> float | None:
+    """How far apart seeds alone put the two means in `SURE` of all cases; None for too few seeds to say.
+
+    By Welch's t-test: two standard errors are too few for two or three seeds.
+    """
+    if one.deviation is None or other.deviation is None:
+        return None
+    own, its = one.deviation**2 / len(one.scores), other.deviation**2 / len(other.scores)
     if own + its == 0:
-        return replace(leader, noise=leader.mean == best.mean)
-    freedom = (own + its) ** 2 / (own**2 / (len(leader.scores) - 1) + its**2 / (len(best.scores) - 1))
-    reach = float(student.ppf((1 + SURE) / 2, freedom)) * math.sqrt(own + its)
-    return replace(leader, noise=abs(leader.mean - best.mean) <= reach)
+        return 0.0
+    freedom = (own + its) ** 2 / (own**2 / (len(one.scores) - 1) + its**2 / (len(other.scores) - 1))
+    return float(student.ppf((1 + SURE) / 2, freedom)) * math.sqrt(own + its)
 
 
 def _of(run: Standing, axes: Sequence[str]) -> Labels:

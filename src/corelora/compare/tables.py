@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from corelora.compare.folder import StudyFolder, distinct
 from corelora.compare.leaders import Labels, Leader, leaders
 from corelora.compare.published import published_columns
+from corelora.compare.questions import Answer, answer
 from corelora.compare.standing import Standing, stand
 from corelora.compare.study import Group
 from corelora.plan_memory import GIB
@@ -61,12 +63,29 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
 
 
 def leaders_text(folder: StudyFolder) -> str:
-    """Every group's table for a terminal."""
+    """Every group's table, and the answers, for a terminal."""
     parts = []
     for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
         headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
         parts.append(f"{group.name}\n{_aligned(headers, rows)}")
+    parts += [f"{a.ask} {a.verdict}\n  {a.figures}" for a in answers(folder)]
     return "\n\n".join(parts)
+
+
+def answers(folder: StudyFolder) -> list[Answer]:
+    """What the runs say to the study's questions, in their order."""
+    standings, study = folder.standings(), folder.study
+    found = []
+    for question in study.questions:
+        group = study.group_of(question)
+        settings = group_leaders(folder, group, standings[group.name])
+        found.append(answer(question, settings, study.score_of(group)[1]))
+    return found
+
+
+def answer_rows(folder: StudyFolder) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows as text) of the answers."""
+    return ["question", "answer", "figures"], [[a.ask, a.verdict, a.figures] for a in answers(folder)]
 
 
 def markdown(folder: StudyFolder) -> str:
@@ -74,10 +93,10 @@ def markdown(folder: StudyFolder) -> str:
     standings = folder.standings()
     everything = list({s.folder: s for runs in standings.values() for s in runs}.values())
     parts = [f"# {folder.root.name}", folder.study.about, summary(everything)]
+    if folder.study.questions:
+        parts += ["## Questions", _markdown_table(*answer_rows(folder))]
     for group, runs in zip(folder.study.groups, standings.values(), strict=True):
-        headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
-        lines = [headers, ["---"] * len(headers), *rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        table = _markdown_table(*leader_rows(folder, group, group_leaders(folder, group, runs)))
         parts += [f"## {group.name}", group.about, table]
     if failed := failures(everything):
         said = (f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed)
@@ -151,7 +170,8 @@ def study_data(folder: StudyFolder) -> dict[str, Any]:
     made = [s.results for runs in folder.standings().values() for s in runs if s.results]
     versions: dict[str, Any] = next((r["versions"] for r in made if "versions" in r), {})
     rows = [{k: v for k, v in row.items() if v != ""} for row in run_rows(folder)]
-    return {"about": folder.study.about, "groups": groups, "runs": rows, "versions": versions}
+    said = [asdict(a) for a in answers(folder)]
+    return {"about": folder.study.about, "questions": said, "groups": groups, "runs": rows, "versions": versions}
 
 
 def list_text(folder: StudyFolder) -> str:
@@ -229,6 +249,11 @@ def _count(value: float | None) -> str:
 
 def _add(columns: dict[str, list[str]], name: str, cell: str) -> None:
     columns.setdefault(name, []).append(cell)
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _aligned(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

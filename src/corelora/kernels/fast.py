@@ -111,5 +111,5 @@ def fused_forward(x: Tensor, base: nn.Module, maker: FormMaker) -> Tensor:
         return core_linear(x, weight, bias, maker.make())
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):  # what is inside has types of its own: G is made in the factors'
-        bias = None if bias is None else bias.to(dtype)
-        return core_linear(x.to(dtype), weight.to(dtype), bias, maker.make())
+        cast_bias = None if bias is None else bias.to(dtype)
+        return core_linear(x.to(dtype), weight.to(dtype), cast_bias, maker.make())
