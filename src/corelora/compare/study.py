@@ -29,6 +29,9 @@ SHORT = {
     "position": "method.position",
 }
 BEST = ("lowest", "highest")
+# Words in a score's name that say what is best.
+LOW_WORDS = ("loss", "perplexity", "error", "seconds", "memory")
+HIGH_WORDS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "pass", "score", "per_second")
 CLAIMS = ("better", "as_good", "near", "wider_rates")
 
 
@@ -93,7 +96,7 @@ class Group:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of every run; 0 if not given."})
     finalists: Finalists | None = setting("Who gets more seeds.", None)
     score: str | None = setting("In place of the study's.", None)
-    best: str | None = setting("In place of the study's.", None, choices=BEST)
+    best: str | None = setting("In place of what the score's name, or the study, says.", None, choices=BEST)
     published: Published | None = setting("What a paper prints for it.", None)
 
     def problems(self) -> list[str]:
@@ -146,7 +149,11 @@ class Study:
     recipe: str = setting("The recipe that all runs share, a file found relative to this one.")
     set: dict[str, Any] = setting("Recipe keys over it.", dict)
     score: str = setting("The figure of results.json that decides.", "test_loss")
-    best: str = setting("Whether the lowest or the highest is best.", "lowest", choices=BEST)
+    best: str | None = setting(
+        "Whether the lowest or the highest is best; told from the score's name (loss, accuracy, ...) if not given.",
+        None,
+        choices=BEST,
+    )
     groups: list[Group] = setting("What is compared: grids of runs, each with a heading of its own.")
     questions: list[Question] = setting("Claims about two settings, which the report answers.", list)
 
@@ -155,6 +162,10 @@ class Study:
         names = [g.name for g in self.groups]
         found = [] if names else ["groups: none is given"]
         found += [f"groups: two are called {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
+        unknown = dict.fromkeys(self.score_of(g)[0] for g in self.groups if self._best_of(g) is None)
+        found += [
+            f"best: the name {score!r} does not say whether the lowest or the highest is best" for score in unknown
+        ]
         return found + [f"questions[{n}].{p}" for n, q in enumerate(self.questions) for p in self._unanswerable(q)]
 
     def group_of(self, question: Question) -> Group:
@@ -170,7 +181,23 @@ class Study:
 
     def score_of(self, group: Group) -> tuple[str, bool]:
         """(the deciding figure, whether lower is better) of one of its groups."""
-        return group.score or self.score, (group.best or self.best) == "lowest"
+        return group.score or self.score, self._best_of(group) == "lowest"
+
+    def _best_of(self, group: Group) -> str | None:
+        """`lowest` or `highest`; a group's own score is not what the study's `best` was said of."""
+        score = group.score or self.score
+        said = group.best or (self.best if score == self.score else None)
+        return said or _told_by(score)
+
+
+def _told_by(score: str) -> str | None:
+    """What a score's name says of it; None where it says nothing. Those of evaluations are shares and marks."""
+    name = score.lower()
+    if name.startswith("eval/"):
+        return "highest"
+    if any(word in name for word in LOW_WORDS):
+        return "lowest"
+    return "highest" if any(word in name for word in HIGH_WORDS) else None
 
 
 def _not_compared(group: Group, given: dict[str, Any]) -> list[str]:
