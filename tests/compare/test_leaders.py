@@ -133,6 +133,29 @@ def test_finalists_with_keys_of_their_own(folder, tmp_path):
         opened(tmp_path / "wrong", folder, [{**GROUP, "finalists": {"set": {"data.tset.split": "test"}}}])
 
 
+def test_an_evaluations_score_decides_among_finalists(folder, tmp_path):
+    """Only they are evaluated: who is one is told by the training loss, who leads by what came out."""
+    name = "eval/gsm8k-paper: gsm8k (gsm8k_paper)"
+    study = opened(
+        tmp_path, folder, [{**GROUP, "score": name, "finalists": {"suites": ["gsm8k"], "protocol": "paper"}}]
+    )
+    pretend(study, lambda run: 1.0)
+    for run in study.first["rates"]:
+        path = run.folder(study.root) / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"train_loss": loss(run) or 0.9}))
+    group = study.study.groups[0]
+    chosen = study.finalists(group)
+    assert {(r.labels["method"], r.labels["lr"]) for r in chosen} == {("nlora", "0.0001"), ("lora", "0.01")}
+    assert [x.scores for x in leaders(group, study.standings()["rates"], name, False)] == [(), ()]
+    for run in chosen:
+        (run.folder(study.root) / "eval").mkdir()
+        value = {"lora": 0.31, "nlora": 0.3}[run.labels["method"]]
+        made = {"scores": {"gsm8k (gsm8k_paper)": {"value": value}}}
+        (run.folder(study.root) / "eval" / "gsm8k-paper.json").write_text(json.dumps(made))
+    found = leaders(group, study.standings()["rates"], *study.study.score_of(group))
+    assert [(x.name, x.scores) for x in found] == [("lora", (0.31,)), ("nlora", (0.3,))]
+
+
 def test_no_finalists_before_all_first_runs_have_ended(folder, tmp_path):
     study = opened(tmp_path, folder, [{**GROUP, "finalists": {"seeds": [1]}}])
     pretend(study, loss)

@@ -29,6 +29,7 @@ SHORT = {
     "position": "method.position",
 }
 BEST = ("lowest", "highest")
+EVALUATED = "eval/"  # begins the scores of evaluations, `eval/SUITE-PROTOCOL: SCORE`
 # Words in a score's name that say what is best.
 LOW_WORDS = ("loss", "perplexity", "error", "seconds", "memory")
 HIGH_WORDS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "pass", "score", "per_second")
@@ -193,7 +194,7 @@ class Study:
 def _told_by(score: str) -> str | None:
     """What a score's name says of it; None where it says nothing. Those of evaluations are shares and marks."""
     name = score.lower()
-    if name.startswith("eval/"):
+    if name.startswith(EVALUATED):
         return "highest"
     if any(word in name for word in LOW_WORDS):
         return "lowest"

@@ -13,7 +13,7 @@ from corelora.compare.leaders import Labels, Leader, leaders
 from corelora.compare.published import published_columns
 from corelora.compare.questions import Answer, answer
 from corelora.compare.standing import Standing, stand
-from corelora.compare.study import Group
+from corelora.compare.study import EVALUATED, Group
 from corelora.plan_memory import GIB
 
 SAME = "≈"  # marks settings whose distance from the best is within noise
@@ -48,7 +48,7 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
         _add(columns, score, _score(leader))
         _add(columns, "seeds", str(len(leader.scores) or ""))
         for name in (n for n in _suite_scores(found) if n != score):
-            _add(columns, name.removeprefix("eval/"), _number(leader.average(name)))
+            _add(columns, name.removeprefix(EVALUATED), _number(leader.average(name)))
         for name, values in published_columns(folder.where, group, found).items():
             _add(columns, name, values[leader.setting])
         _add(columns, "usable rates", _usable(leader))
@@ -142,7 +142,7 @@ def run_rows(folder: StudyFolder) -> list[dict[str, Any]]:
         for run in runs:
             figures = {k: v for k, v in (run.results or {}).items() if isinstance(v, (int, float, str))}
             evaluated = {
-                f"eval/{s}: {k}": v.get("value") for s, all_ in run.evaluations.items() for k, v in all_.items()
+                f"{EVALUATED}{s}: {k}": v.get("value") for s, all_ in run.evaluations.items() for k, v in all_.items()
             }
             known = {"group": name, **run.run.labels, "seed": run.run.seed, "state": run.state, "run": run.run.name}
             rows.append({**known, **figures, **evaluated, "error": _first_line(run)})
@@ -209,7 +209,7 @@ def _suite_scores(found: Sequence[Leader]) -> list[str]:
     """Names of all evaluated scores, as figures."""
     names: dict[str, None] = {}
     for run in (r for leader in found for r in leader.runs):
-        names |= {f"eval/{suite}: {score}": None for suite, scores in run.evaluations.items() for score in scores}
+        names |= {f"{EVALUATED}{suite}: {score}": None for suite, scores in run.evaluations.items() for score in scores}
     return list(names)
 
 
