@@ -80,7 +80,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     found = [p for p in (TASKS.miss(recipe.task),) if p]
     found += method_problems(recipe.method)
     sound = not found  # only then there is a model to make
-    optim = optim_problems(recipe.optim, recipe.method) + _test_problems(recipe)
+    optim = optim_problems(recipe.optim, recipe.method, recipe.loop.steps) + _test_problems(recipe)
     found += optim
     found += model_problems(recipe.model)
     found += _reporter_problems(recipe)
