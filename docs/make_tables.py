@@ -21,7 +21,7 @@ import corelora
 from corelora.bench.floors import all_shapes, floor
 from corelora.bench.peers import Ranks
 from corelora.bench.tables import Table, layers_tables, serve_tables, start_tables, step_tables
-from corelora.compare.study import Finalists, Group, Published, Study
+from corelora.compare.study import Finalists, Group, Published, Question, Study
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,6 +289,7 @@ TABLES = {
     "study-keys": keys(Study),
     "group-keys": keys(Group),
     "finalists-keys": keys(Finalists),
+    "question-keys": keys(Question),
     "published-keys": keys(Published),
     "study-tiny": study("study-tiny.json"),
     "train-gsm8k": training("gsm8k", "test_loss", percent=False),

@@ -186,12 +186,21 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.wh
 def test_the_page_in_a_browser(page):
     """Every chart near the top is drawn, nothing is written to the console, wide and narrow, light and dark."""
     for width, dark in ((1100, False), (390, True)):
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-        options += [f"--window-size={width},4000", "--virtual-time-budget=10000", f"file://{page}"]
+        options = [f"--window-size={width},4000", "--enable-logging=stderr"]
         options += ["--blink-settings=preferredColorScheme=0"] if dark else []
-        done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120, check=True)
+        done = looked_at(page, options, lambda text: len(re.findall(r"<canvas|<svg[^>]+marks", text)) >= 4)
         assert "CONSOLE" not in done.stderr
-        assert len(re.findall(r"<canvas|<svg[^>]+marks", done.stdout)) >= 4
+
+
+def looked_at(page, options, is_drawn):
+    """The browser's output once the page is drawn: on busy cores its own time runs out before, so it is given more."""
+    fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    for milliseconds in (10_000, 40_000, 160_000):
+        command = [BROWSER, *fixed, *options, f"--virtual-time-budget={milliseconds}", f"file://{page}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+        if is_drawn(done.stdout):
+            return done
+    pytest.fail(f"nothing was drawn: {done.stdout[-500:]}")
 
 
 @pytest.mark.slow
@@ -206,7 +215,9 @@ def test_charts_and_tables_on_a_phone(folder, tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), "trained_parameters": 10 ** (3 + n % 7) * (n + 2)}))
     text = report_study(study)[0].read_text(encoding="utf-8")
     script = """<script type="module">
-      await new Promise((done) => setTimeout(done, 4000));
+      const count = (what) => document.querySelectorAll(what).length;
+      while (count(".chart canvas, .chart svg.marks") < count(".chart"))
+        await new Promise((done) => setTimeout(done, 100));
       [...document.querySelectorAll("th")].find((h) => h.textContent === "trained").click();
       const column = [...document.querySelectorAll("th")].findIndex((h) => h.textContent === "trained");
       const cells = [...document.querySelectorAll("tbody tr")].map((row) => row.cells[column].textContent);
@@ -216,9 +227,7 @@ def test_charts_and_tables_on_a_phone(folder, tmp_path):
     </script></body></html>"""
     place = tmp_path / "with-a-click.html"
     place.write_text(text.removesuffix("</body></html>\n") + script, encoding="utf-8")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=12000"]
-    options += ["--window-size=500,4000", f"file://{place}"]
-    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120, check=True)
+    done = looked_at(place, ["--window-size=500,4000"], lambda text: '"plots":[' in text.partition("</title>")[0])
     found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1])
     sizes = [float(c.rstrip("M").replace(",", "")) * (10**6 if c.endswith("M") else 1) for c in found["cells"]]
     assert sizes == sorted(sizes)

@@ -43,6 +43,54 @@ def test_each_at_its_best_rate(folder, tmp_path):
     assert leaders(study.study.groups[0], study.standings()["rates"], "test_loss", False)[0].name == "lora"
 
 
+def test_usable_rates_are_those_of_the_loss(folder, tmp_path):
+    """Whatever decides: here the accuracy is best where the loss has begun to rise."""
+    study = opened(tmp_path, folder, [GROUP], score="test_accuracy")
+    losses = {"0.0001": 0.5, "0.001": 0.503, "0.01": 0.6}
+    accuracies = {"0.0001": 0.7, "0.001": 0.71, "0.01": 0.8}
+    pretend(study, lambda run: losses[run.labels["lr"]])
+    for run in study.first["rates"]:
+        path = run.folder(study.root) / "results.json"
+        figures = json.loads(path.read_text())
+        path.write_text(json.dumps(figures | {"test_accuracy": accuracies[run.labels["lr"]]}))
+    group = study.study.groups[0]
+    for leader in leaders(group, study.standings()["rates"], *study.study.score_of(group)):
+        assert (leader.mean, leader.usable) == (0.8, (1e-4, 1e-3))
+        path = leader.runs[0].folder / "results.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "test_loss"}))
+    found = leaders(group, study.standings()["rates"], *study.study.score_of(group))
+    assert [x.usable for x in found] == [(1e-2, 1e-2)] * 2, "without a loss it is the score's"
+
+
+@pytest.mark.parametrize(
+    ("score", "lower"),
+    [
+        ("test_loss", True),
+        ("train_loss", True),
+        ("seconds", True),
+        ("test_accuracy", False),
+        ("test_matthews_correlation", False),
+        ("test_f1", False),
+        ("eval/gsm8k-paper: gsm8k (gsm8k_paper)", False),
+        ("tokens_per_second", False),
+    ],
+)
+def test_what_is_best_is_in_the_scores_name(folder, tmp_path, score, lower):
+    study = opened(tmp_path / "a", folder, [GROUP], score=score).study
+    assert study.score_of(study.groups[0]) == (score, lower)
+    said = opened(tmp_path / "b", folder, [{**GROUP, "best": "highest" if lower else "lowest"}], score=score).study
+    assert said.score_of(said.groups[0]) == (score, not lower)
+
+
+def test_what_is_best_is_asked_where_the_name_does_not_say(folder, tmp_path):
+    with pytest.raises(CoreLoraError, match="best: the name 'trained_parameters' does not say"):
+        opened(tmp_path / "a", folder, [GROUP], score="trained_parameters")
+    study = opened(tmp_path / "b", folder, [GROUP], score="trained_parameters", best="lowest").study
+    assert study.score_of(study.groups[0]) == ("trained_parameters", True)
+    with pytest.raises(CoreLoraError, match="best: the name 'spread' does not say"):
+        opened(tmp_path / "c", folder, [{**GROUP, "score": "spread"}], best="lowest")  # said of another score
+
+
 def test_finalists_are_the_best_of_each_setting(folder, tmp_path):
     """With every further seed; `top` keeps the best ones, `always` those that stay."""
     final = {"seeds": [1, 2]}
@@ -83,6 +131,29 @@ def test_finalists_with_keys_of_their_own(folder, tmp_path):
     assert {r.name for r in again} == {r.name for r in chosen}  # the finals' own scores tune nothing
     with pytest.raises(CoreLoraError, match=r"rates: finalists.*data\.tset"):
         opened(tmp_path / "wrong", folder, [{**GROUP, "finalists": {"set": {"data.tset.split": "test"}}}])
+
+
+def test_an_evaluations_score_decides_among_finalists(folder, tmp_path):
+    """Only they are evaluated: who is one is told by the training loss, who leads by what came out."""
+    name = "eval/gsm8k-paper: gsm8k (gsm8k_paper)"
+    study = opened(
+        tmp_path, folder, [{**GROUP, "score": name, "finalists": {"suites": ["gsm8k"], "protocol": "paper"}}]
+    )
+    pretend(study, lambda run: 1.0)
+    for run in study.first["rates"]:
+        path = run.folder(study.root) / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"train_loss": loss(run) or 0.9}))
+    group = study.study.groups[0]
+    chosen = study.finalists(group)
+    assert {(r.labels["method"], r.labels["lr"]) for r in chosen} == {("nlora", "0.0001"), ("lora", "0.01")}
+    assert [x.scores for x in leaders(group, study.standings()["rates"], name, False)] == [(), ()]
+    for run in chosen:
+        (run.folder(study.root) / "eval").mkdir()
+        value = {"lora": 0.31, "nlora": 0.3}[run.labels["method"]]
+        made = {"scores": {"gsm8k (gsm8k_paper)": {"value": value}}}
+        (run.folder(study.root) / "eval" / "gsm8k-paper.json").write_text(json.dumps(made))
+    found = leaders(group, study.standings()["rates"], *study.study.score_of(group))
+    assert [(x.name, x.scores) for x in found] == [("lora", (0.31,)), ("nlora", (0.3,))]
 
 
 def test_no_finalists_before_all_first_runs_have_ended(folder, tmp_path):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from compare.helpers import opened, pretend
 from corelora.compare.session import Options, Session
+from corelora.compare.study import Finalists
+from corelora.compare.work import Work
+from corelora.evaluate.suites import FOLDER, load_suite
+from train.helpers import make_recipe
 
 GROUP = {"name": "rates", "axes": {"method": ["lora", "nlora"], "lr": [1e-4, 1e-3, 1e-2]}, "set": {"rank": 4}}
 
@@ -48,6 +52,20 @@ def test_a_finalist_of_two_groups_does_what_both_want(folder, tmp_path):
     (final.folder / "eval").mkdir()
     (final.folder / "eval" / "gsm8k-paper.json").write_text("{}")
     assert final.is_done
+
+
+def test_a_suite_counts_as_done_by_its_own_name_and_protocol(folder, tmp_path):
+    """Whether the study gives its name or the path of its file; another protocol's result is not what is wanted."""
+    own = tmp_path / "mine.yaml"
+    own.write_text((FOLDER / "gsm8k.yaml").read_text().replace("name: gsm8k", "name: our-sums"))
+    assert load_suite(str(own)).name == "our-sums"
+    final = Finalists(suites=["gsm8k", str(own)], protocol="paper")
+    work = Work(recipe=make_recipe(folder), folder=tmp_path / "run", finals=(final,))
+    (work.folder / "eval").mkdir(parents=True)
+    assert work.left_suites(final) == ["gsm8k", str(own)]
+    for name, left in (("gsm8k-chat", 2), ("gsm8k-paper", 1), ("our-sums-paper", 0)):
+        (work.folder / "eval" / f"{name}.json").write_text("{}")
+        assert len(work.left_suites(final)) == left, name
 
 
 def works(session):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import corelora
-from corelora import CoreLoraConfig
+from corelora import CoreLoraConfig, tuner_layer
 from corelora.kernels import products
 from corelora.kernels.core_linear import linear_op
 from corelora.kernels.fast import fused_forward, set_fast, suits
@@ -103,6 +103,48 @@ def test_fused_equals_reference_in_other_types(method, dtype, order):
         _close(a, b, dtype)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("types", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")], ids=str)
+@pytest.mark.parametrize("method", ["lora", "slora", "nlora", "inttune", "nora"])
+def test_under_autocast(method, types, narrow, monkeypatch):
+    """Trainer's `bf16=True`: factors in float32, base and input in either type; the output is in autocast's."""
+    weight, given = (getattr(torch, name) for name in types)
+    layer = _layer(method, "default", {}, weight)
+    for factor in layer.parameters():
+        factor.data = factor.data.float() if factor.requires_grad else factor.data
+    x = torch.randn(4, 37, dtype=given, requires_grad=True)
+    taken, path = [], tuner_layer.fused_forward
+    monkeypatch.setattr(tuner_layer, "fused_forward", lambda *args: taken.append(1) or path(*args))
+    made = {}
+    for mode in ("off", "on"):
+        set_fast(mode)
+        with torch.autocast("cpu", dtype=narrow):
+            y = layer(x)
+        made[mode] = [y, *_grads(y, x, layer, torch.ones_like(y))]
+    assert taken == [1]
+    for fused, plain in zip(made["on"], made["off"], strict=True):
+        assert fused.dtype == plain.dtype
+        _close(fused.float(), plain.float(), torch.bfloat16)
+    assert made["on"][0].dtype == narrow
+
+
+def test_autocast_leaves_float64_alone():
+    layer = _layer("nlora", "default", {}, torch.float64)
+    x = torch.randn(4, 37, dtype=torch.float64)
+    set_fast("on")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.float64
+
+
+def test_a_cpu_under_autocast_keeps_the_plain_path(monkeypatch):
+    """There W is made narrow each time, which costs more than anything that is saved."""
+    layer = _layer("nlora", "default", {}, torch.float32)
+    monkeypatch.setattr(tuner_layer, "fused_forward", lambda *args: pytest.fail("the fused path was taken"))
+    set_fast("auto")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(200, 37, requires_grad=True))
+
+
 @pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
 @pytest.mark.parametrize("shape", [(37,), (1, 37), (6, 37), (0, 37), (2, 0, 37), (2, 3, 4, 37)], ids=str)
 def test_shapes_of_inputs(method, shape):
@@ -188,20 +230,23 @@ def test_one_loss_curve(method):
     assert curves[1][-1] < curves[1][0] - 0.05
 
 
-def test_compiled_layer_is_one_graph():
+@pytest.mark.parametrize("narrow", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
+def test_compiled_layer_is_one_graph(method, narrow):
     """torch.compile sees the adapter as one node: no graph break, the same numbers."""
-    for method in ("lora", "nlora", "inttune", "nora"):
-        layer = _layer(method, "default", {}, torch.float32)
-        x = torch.randn(6, 37, requires_grad=True)
+    layer = _layer(method, "default", {}, torch.float32)
+    x = torch.randn(6, 37, requires_grad=True)
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow)
+    with cast:
         y = layer(x)
-        dy = torch.randn_like(y)
-        expected = [y, *_grads(y, x, layer, dy)]
-        set_fast("on")
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    dy = torch.randn_like(y)
+    expected = [y, *_grads(y, x, layer, dy)]
+    set_fast("on")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with cast:
         found = compiled(x)
-        for a, b in zip([found, *_grads(found, x, layer, dy)], expected, strict=True):
-            _close(a, b, torch.float32)
-        set_fast("off")
+    for a, b in zip([found, *_grads(found, x, layer, dy)], expected, strict=True):
+        _close(a, b, torch.bfloat16 if narrow else torch.float32)
 
 
 def test_registered_operation_is_well_formed():

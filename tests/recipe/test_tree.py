@@ -215,3 +215,12 @@ def test_merging_leaves_its_parts_alone():
     below, above = {"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}
     assert merged(below, above) == {"a": {"b": 1, "d": 2}, "c": [2]}
     assert (below, above) == ({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]})
+
+
+def test_a_base_that_is_missing_is_said_with_the_file_that_names_it(tmp_path):
+    (tmp_path / "quick.yaml").write_text("base: qick-base.yaml\n")
+    (tmp_path / "quick-base.yaml").write_text("a: 1\n")
+    with pytest.raises(CoreLoraError) as caught:
+        read_yaml(tmp_path / "quick.yaml")
+    assert "quick.yaml: base: " in str(caught.value)
+    assert str(caught.value).endswith("qick-base.yaml: no such file. Did you mean quick-base.yaml?")

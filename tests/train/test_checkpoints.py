@@ -185,6 +185,10 @@ RUNS = {
         }
     },
     "packed": {"data": {"packing": True}},
+    "rows of like length, in the second epoch": {
+        "data": {"group_by_length": True},
+        "loop": {"batch_size": 8, "accumulate": 2},
+    },
     "folded": {"loop": {"fold": True}},
     "classifier": {"task": "classify", "data": {"form": "sst2"}, "method": {"name": "nlora", "r": 4}},
 }

@@ -8,7 +8,7 @@ from corelora.errors import CoreLoraError
 from corelora.train import dry_run
 from corelora.train.dry_run import check, plan
 from corelora.train.run import train
-from train.helpers import make_recipe, save_bert, write_rows
+from train.helpers import make_recipe, run_of, save_bert, write_rows
 
 
 @pytest.fixture
@@ -85,6 +85,11 @@ def test_all_mistakes_at_once(folder, tmp_path):
         ({"loop": {"test_every": 2}, "data": {"test": None}}, "loop.test_every: there are no test rows"),
         ({"model": {"attention": "flash"}}, 'model.attention: Specified `attn_implementation="flash"`'),
         ({"data": {"columns": {"question": "qestion"}, "test": None}}, "qestion"),
+        ({"method": {"name": "frod", "target_modules": "all-linear"}}, "PEFT's frod decomposes the weights"),
+        ({"method": {"name": "adamss", "target_modules": "all-linear"}}, "PEFT's adamss decomposes the weights"),
+        ({"method": {"name": "prompt_tuning"}}, "method.num_virtual_tokens is missing"),
+        ({"method": {"name": "prefix_tuning"}}, "method.num_virtual_tokens is missing"),
+        ({"optim": {"warmup": 50}}, "optim.warmup: 50 steps of warm-up in a run of 6"),
     ],
 )
 def test_single_mistakes(folder, tmp_path, parts, words):
@@ -92,6 +97,18 @@ def test_single_mistakes(folder, tmp_path, parts, words):
         check(make_recipe(folder, **parts), tmp_path / "out")
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+
+
+def test_a_warm_up_longer_than_the_rows_last(folder, tmp_path):
+    """Known once the rows are counted: 40 rows in batches of 4 are ten steps."""
+    with pytest.raises(CoreLoraError, match="11 steps of warm-up in a run of 10; give fewer"):
+        run_of(make_recipe(folder, optim={"warmup": 11}, loop={"steps": None, "epochs": 1}), tmp_path / "out")
+    run_of(make_recipe(folder, optim={"warmup": 10}, loop={"steps": None, "epochs": 1}), tmp_path / "out")
+
+
+def test_pictures_have_no_lengths(folder, tmp_path):
+    with pytest.raises(CoreLoraError, match="rows of the task image_classification are pictures"):
+        check(make_recipe(folder, task="image_classification", data={"group_by_length": True}), tmp_path / "out")
 
 
 def test_a_folder_with_a_run(folder, tmp_path):

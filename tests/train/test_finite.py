@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from corelora.errors import CoreLoraError
-from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output, plain
+from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output, gradient_norm, plain
 from train.helpers import make_recipe, trainer_of
 
 
@@ -83,14 +83,36 @@ def test_advice_begins_with_what_the_recipe_makes_likely(folder):
 def test_finite_values_pass():
     model = nn.Linear(3, 2)
     model(torch.ones(1, 3)).sum().backward()
-    assert all_finite(model, [torch.tensor(1.0)])
-    assert not all_finite(model, [torch.tensor(1.0), torch.tensor(float("inf"))])
+    parameters = list(model.parameters())
+    assert all_finite([torch.tensor(1.0)], gradient_norm(parameters))
+    assert not all_finite([torch.tensor(1.0), torch.tensor(float("inf"))], gradient_norm(parameters))
     assert first_bad_gradient(model) is None
     model.bias.grad[0] = float("nan")
-    assert not all_finite(model, [torch.tensor(1.0)])
-    assert all_finite(model, [torch.tensor(1.0)], gradients=False)
+    assert not all_finite([torch.tensor(1.0)], gradient_norm(parameters))
+    assert all_finite([torch.tensor(1.0)])
     assert first_bad_gradient(model) == "bias"
-    assert all_finite(nn.Linear(2, 2), [torch.tensor(0.0)])  # nothing has a gradient yet
+    nothing = gradient_norm(list(nn.Linear(2, 2).parameters()))  # no gradient yet
+    assert all_finite([torch.tensor(0.0)], nothing)
+
+
+@pytest.mark.parametrize("clipped", [1e-3, 1e6])
+def test_the_norm_that_was_looked_at_is_the_one_that_clips(folder, tmp_path, monkeypatch, clipped):
+    """Weights after three steps, and the norms that are logged, are those of Trainer's own clipping, bit for bit."""
+    made = []
+    for ours in (True, False):
+        recipe = make_recipe(folder, optim={"max_grad_norm": clipped}, loop={"steps": 3, "log_every": 1})
+        trainer = trainer_of(recipe, tmp_path / str(ours))
+        with monkeypatch.context() as patch:
+            if not ours:
+                patch.delattr(type(trainer).__mro__[1], "_clip_grad_norm")
+                patch.delattr(type(trainer).__mro__[1], "floating_point_ops")
+            trainer.train()
+        norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+        weights = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        made.append((norms, weights, trainer.state.total_flos))
+    assert made[0][0] == made[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(made[0][1], made[1][1], strict=True))
+    assert made[0][2] == made[1][2] > 0
 
 
 def test_a_weight_that_is_not_finite_is_found(folder):

@@ -64,3 +64,18 @@ def test_a_classifier(folder, tmp_path):
         method={"name": "nlora", "r": 4, "target_modules": "all-linear"}, loop={"steps": 40, "batch_size": 8},
     )  # fmt: skip
     assert made["on"]["test_loss"] == pytest.approx(made["off"]["test_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+@pytest.mark.parametrize("method", ["nlora", "inttune", "lora", "full"])
+def test_ligers_kernels_give_the_same_losses(folder, tmp_path, method, graphs):
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    from corelora.train.run import train
+
+    made = {}
+    for liger in (False, True):
+        loop = {"steps": 20, "fast": "auto", "graphs": graphs, "liger": liger}
+        recipe = make_recipe(folder, method=METHODS[method], model={"dtype": "float32"}, optim={"lr": 1e-2}, loop=loop)
+        made[liger] = train(recipe, tmp_path / str(liger))
+    assert made[True]["train_loss"] == pytest.approx(made[False]["train_loss"], abs=5e-3)
+    assert made[True]["test_loss"] == pytest.approx(made[False]["test_loss"], abs=5e-3)

@@ -105,6 +105,14 @@ def test_above_chance_on_pictures_that_it_has_not_seen(models, pictures, tmp_pat
     assert train(recipe, tmp_path)["test_accuracy"] > 0.6
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="convolutions of a GPU are left as they are")
+def test_convolutions_lie_as_a_cpu_likes_them(models, pictures, tmp_path):
+    model = trainer_of(recipe_of(models, pictures, "efficientnet"), tmp_path).model
+    weights = [m.weight for m in model.get_base_model().modules() if type(m) is nn.Conv2d and m.kernel_size != (1, 1)]
+    assert weights
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 @pytest.mark.parametrize("part", [{"model": {"dtype": "bfloat16"}}, {"loop": {"precision": "bfloat16"}}], ids=str)
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_other_types(kind, part, models, pictures, tmp_path):

@@ -19,7 +19,7 @@ from corelora.train.progress import read_metrics
 from corelora.train.run import train
 from corelora.train.tasks import TASKS
 from train.helpers import save_tokenizer, trainer_of
-from vision.helpers import DTD, TEXTURES, make_recipe, save_clip
+from vision.helpers import DTD, TEXTURES, make_recipe, save_classifier, save_clip
 
 TASK = TASKS["clip_few_shot"]
 ADAPTED = ["q_proj", "k_proj", "v_proj"]
@@ -285,3 +285,14 @@ def test_ten_textures_of_dtd(clip, tmp_path):
     assert losses[-1] < losses[0]
     assert results["rows"]["train"] == {"rows": 40, "classes": 10}
     assert results["test_accuracy"] > 0.1
+
+
+def test_a_model_without_two_towers_is_told_by_its_type(pictures, tmp_path):
+    (tmp_path / "vit").mkdir()
+    recipe = make_recipe(save_classifier(tmp_path / "vit", "vit"), pictures)
+    with pytest.raises(CoreLoraError) as caught:
+        check(recipe, tmp_path / "run")
+    message = str(caught.value)
+    assert "model.name: vit is no type of model that the task clip_few_shot trains: align, " in message
+    assert ", siglip, " in message
+    assert "Config" not in message

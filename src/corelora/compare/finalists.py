@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from corelora.compare.expand import Planned, final_run
 from corelora.compare.leaders import Leader, leaders
 from corelora.compare.standing import Standing
-from corelora.compare.study import Group, label
+from corelora.compare.study import EVALUATED, Group, label
 
 
 def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> list[Planned]:
     """The finalists' runs: the best settings, and those that stay whatever came out, each with every seed.
 
-    Where the finalists have keys of their own, the first seeds are run again with them.
+    Where the finalists have keys of their own, the first seeds are run again with them. Only finalists are evaluated,
+    so where an evaluation's score decides, they are chosen by their training loss.
 
     Args:
         group: of the study.
@@ -23,7 +24,8 @@ def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -
     """
     if group.finalists is None:
         return []
-    ranked = [leader for leader in leaders(group, runs, score, lower) if leader.runs]
+    by, low = ("train_loss", True) if score.startswith(EVALUATED) else (score, lower)
+    ranked = [leader for leader in leaders(group, runs, by, low) if leader.runs]
     chosen = ranked[: group.finalists.top]
     chosen += [x for x in ranked if x not in chosen and any(_is(x, wanted) for wanted in group.finalists.always)]
     keys, more = group.finalists.set, group.finalists.seeds

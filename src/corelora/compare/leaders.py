@@ -13,7 +13,8 @@ from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
 Labels = tuple[tuple[str, str], ...]  # (axis, value), in the study's order
-NEAR = 0.01  # rates whose score is within so much of the best one's are usable
+LOSS = "test_loss"
+NEAR = 0.01  # rates whose loss is within so much of the lowest one are usable
 SURE = 0.95  # a difference that seeds alone make in so many of all cases is noise
 RATES = ("lr", "optim.lr")  # what an axis of learning rates is called
 
@@ -29,7 +30,8 @@ class Leader:
         scores: the deciding figure of each of them.
         failed, missing: runs of the setting, at any tuned value, that failed or whose score is no number, or that are
             still to be made.
-        usable: (lowest, highest) learning rate whose score is within 1 % of the best, where rates are tuned.
+        usable: (lowest, highest) learning rate whose test loss is within 1 % of the lowest, where rates are tuned; by
+            the score where runs have no test loss.
         tried: (lowest, highest) learning rate that the study asks for, where there is more than one.
         noise: its distance from the best setting of several seeds is within what seeds alone make; None: too few
             seeds to say.
@@ -117,7 +119,7 @@ def _leader(group: Group, setting: Labels, runs: Sequence[Standing], score: str,
         scores=tuple(value for _, value in best),
         failed=sum(run.state == "failed" or _is_lost(run, score) for run in runs),
         missing=sum(run.state == "missing" for run in runs),
-        usable=_usable(group, tuned, firsts, values),
+        usable=_usable(group, tuned, values, lower),
         tried=_tried(group, runs),
     )
 
@@ -141,26 +143,27 @@ def _first(runs: Sequence[tuple[Standing, float]], seeds: Sequence[int]) -> floa
 
 
 def _usable(
-    group: Group,
-    best: Labels,
-    firsts: Mapping[Labels, float],
-    values: Mapping[Labels, Sequence[tuple[Standing, float]]],
+    group: Group, best: Labels, values: Mapping[Labels, Sequence[tuple[Standing, float]]], lower: bool
 ) -> tuple[float, float] | None:
-    """Rates around the best one, without a gap, whose score is within 1 % of its."""
+    """Rates around the one of the lowest test loss, without a gap, whose loss is within 1 % of it.
+
+    By the score, where runs have no test loss. The other tuned values are those of the best score.
+    """
     axis = _rates_of(group)
     if axis is None or not best:
         return None
     others = [pair for pair in best if pair[0] != axis]
-    rates = sorted(
-        (values[t][0][0].run.recipe.optim.lr, abs(v - firsts[best]) <= NEAR * abs(firsts[best]))
-        for t, v in firsts.items()
-        if [pair for pair in t if pair[0] != axis] == others
-    )
-    at = next(n for n, (rate, _) in enumerate(rates) if rate == values[best][0][0].run.recipe.optim.lr)
+    runs = [of_it for tuned, of_it in values.items() if [pair for pair in tuned if pair[0] != axis] == others]
+    losses = [[(run, run.figure(LOSS)) for run, _ in of_it] for of_it in runs]
+    if all(loss is not None and math.isfinite(loss) for of_it in losses for _, loss in of_it):
+        runs, lower = [[(run, loss or 0.0) for run, loss in of_it] for of_it in losses], True
+    rates = sorted((of_it[0][0].run.recipe.optim.lr, _first(of_it, group.seeds)) for of_it in runs)
+    at = (min if lower else max)(range(len(rates)), key=lambda n: rates[n][1])
+    near = [abs(value - rates[at][1]) <= NEAR * abs(rates[at][1]) for _, value in rates]
     low = high = at
-    while low > 0 and rates[low - 1][1]:
+    while low > 0 and near[low - 1]:
         low -= 1
-    while high + 1 < len(rates) and rates[high + 1][1]:
+    while high + 1 < len(rates) and near[high + 1]:
         high += 1
     return rates[low][0], rates[high][0]
 
@@ -177,15 +180,23 @@ def _rates_of(group: Group) -> str | None:
 
 
 def _with_noise(leader: Leader, best: Leader | None) -> Leader:
-    """Compare with the best by Welch's t-test: two standard errors are too few for two or three seeds."""
-    if best is None or leader is best or leader.deviation is None or best.deviation is None:
-        return leader
-    own, its = leader.deviation**2 / len(leader.scores), best.deviation**2 / len(best.scores)
+    """Compare with the best."""
+    reach = None if best is None or leader is best else noise_of(leader, best)
+    return leader if reach is None or best is None else replace(leader, noise=abs(leader.mean - best.mean) <= reach)
+
+
+def noise_of(one: Leader, other: Leader) -> float | None:
+    """How far apart seeds alone put the two means in `SURE` of all cases; None for too few seeds to say.
+
+    By Welch's t-test: two standard errors are too few for two or three seeds.
+    """
+    if one.deviation is None or other.deviation is None:
+        return None
+    own, its = one.deviation**2 / len(one.scores), other.deviation**2 / len(other.scores)
     if own + its == 0:
-        return replace(leader, noise=leader.mean == best.mean)
-    freedom = (own + its) ** 2 / (own**2 / (len(leader.scores) - 1) + its**2 / (len(best.scores) - 1))
-    reach = float(student.ppf((1 + SURE) / 2, freedom)) * math.sqrt(own + its)
-    return replace(leader, noise=abs(leader.mean - best.mean) <= reach)
+        return 0.0
+    freedom = (own + its) ** 2 / (own**2 / (len(one.scores) - 1) + its**2 / (len(other.scores) - 1))
+    return float(student.ppf((1 + SURE) / 2, freedom)) * math.sqrt(own + its)
 
 
 def _of(run: Standing, axes: Sequence[str]) -> Labels:

@@ -15,7 +15,7 @@ from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
-from corelora.compare.tables import csv_text, failures, group_leaders, leader_rows, markdown, summary
+from corelora.compare.tables import answer_rows, csv_text, failures, group_leaders, leader_rows, markdown, summary
 from corelora.train.folder import write_text
 
 HERE = Path(__file__).parent
@@ -47,6 +47,7 @@ def page_html(folder: StudyFolder) -> str:
     body = [
         f"<h1>{_text(folder.root.name)}</h1><p>{_text(folder.study.about)}</p>",
         f"<p>{_text(summary(list(everything.values())))}</p>",
+        _questions(folder),
         "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g, _ in groups) + "</nav>",
         *sections,
         _failed(list(everything.values())),
@@ -74,6 +75,10 @@ def _group(folder: StudyFolder, group: Group, runs: Sequence[Standing], charts: 
         parts.append(f'<h3>{_text(title)}</h3><div class="chart" data-chart="{len(charts)}"></div>')
         charts.append(chart.to_dict())
     return "".join(parts)
+
+
+def _questions(folder: StudyFolder) -> str:
+    return f"<h2>Questions</h2>{_table(*answer_rows(folder))}" if folder.study.questions else ""
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

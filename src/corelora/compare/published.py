@@ -42,12 +42,13 @@ def published_columns(where: Path, group: Group, found: Sequence[Leader]) -> dic
 
 def _figure(data: Mapping[str, Any], setting: Mapping[str, str], column: str) -> str:
     """The paper's figure of a setting; nothing where it has no such row, or several."""
-    rows = [row for row in data["rows"] if _belongs(row, setting)]
+    rows = [row for row in data["rows"] if belongs(row, setting)]
     values = [row["values"][column] for row in rows if row["values"].get(column) is not None]
     return f"{values[0]:g}" if len(values) == 1 else ""
 
 
-def _belongs(row: Mapping[str, Any], setting: Mapping[str, str]) -> bool:
+def belongs(row: Mapping[str, Any], setting: Mapping[str, str]) -> bool:
+    """Whether a row of a paper's file is that setting's: values of the axes that both name agree."""
     return all(_plain(row[axis]) == _plain(value) for axis, value in setting.items() if row.get(axis) is not None)
 
 

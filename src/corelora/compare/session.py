@@ -80,8 +80,14 @@ class Session:
         devices = find_devices(self.options.jobs)
         memory = expected_memory(todo, devices, self.options.jobs)
         tasks = [Task(work=work, memory=taken) for work, taken in zip(todo, memory, strict=True)]
-        # The largest first: small ones fill what is left, and none waits alone at the end.
-        tasks.sort(key=lambda t: -(t.memory if t.memory is not None else float("inf")))
+        # Group by group, so that a study that is cut off has whole ones; the largest first, so that none waits alone.
+        groups = [group.name for group in self.study.groups]
+        tasks.sort(
+            key=lambda t: (
+                groups.index(self.known[t.work.folder].group),
+                -(t.memory if t.memory is not None else float("inf")),
+            )
+        )
         Pool(devices, self._tell).run(tasks)
 
     def _todo(self, works: Sequence[Work]) -> list[Work]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corelora.compare.expand import Planned
+from corelora.compare.study import EVALUATED
 from corelora.errors import CoreLoraError
 from corelora.train.folder import write_json
 from corelora.train.progress import read_metrics
@@ -44,8 +45,8 @@ class Standing:
 
     def figure(self, name: str) -> float | None:
         """A figure of results.json, or of an evaluation as `eval/SUITE-PROTOCOL: SCORE`; None where there is none."""
-        if name.startswith("eval/"):
-            suite, _, score = name.removeprefix("eval/").partition(": ")
+        if name.startswith(EVALUATED):
+            suite, _, score = name.removeprefix(EVALUATED).partition(": ")
             found = self.evaluations.get(suite, {}).get(score, {})
             value = found.get("value")
         else:

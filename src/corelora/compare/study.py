@@ -29,6 +29,11 @@ SHORT = {
     "position": "method.position",
 }
 BEST = ("lowest", "highest")
+EVALUATED = "eval/"  # begins the scores of evaluations, `eval/SUITE-PROTOCOL: SCORE`
+# Words in a score's name that say what is best.
+LOW_WORDS = ("loss", "perplexity", "error", "seconds", "memory")
+HIGH_WORDS = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "pass", "score", "per_second")
+CLAIMS = ("better", "as_good", "near", "wider_rates")
 
 
 @dataclass(kw_only=True)
@@ -76,9 +81,9 @@ class Finalists:
 
 @dataclass(kw_only=True)
 class Group:
-    """One question: runs over a grid of axes, and what is left open between them."""
+    """Runs over a grid of axes, and what is left open between them."""
 
-    name: str = setting("The question, as the report's heading.")
+    name: str = setting("The report's heading.")
     about: str = setting("What is asked, and what is held fixed.", "")
     recipe: str | None = setting("In place of the study's.", None)
     set: dict[str, Any] = setting("Recipe keys over the study's: `loop.steps: 200`.", dict)
@@ -92,7 +97,7 @@ class Group:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of every run; 0 if not given."})
     finalists: Finalists | None = setting("Who gets more seeds.", None)
     score: str | None = setting("In place of the study's.", None)
-    best: str | None = setting("In place of the study's.", None, choices=BEST)
+    best: str | None = setting("In place of what the score's name, or the study, says.", None, choices=BEST)
     published: Published | None = setting("What a paper prints for it.", None)
 
     def problems(self) -> list[str]:
@@ -112,42 +117,100 @@ class Group:
         if final is not None:
             again = sorted(set(final.seeds) & set(self.seeds))
             found += [f"finalists.seeds: {again} are seeds of every run already"] if again else []
-            compared = [a for a in self.axes if a not in self.tune]
-            found += [
-                f"finalists.always: {axis!r} is not compared here. Compared: {', '.join(compared)}."
-                for setting_ in final.always
-                for axis in setting_
-                if axis not in compared
-            ]
-            found += [
-                f"finalists.always: {unknown_name(f'value of {axis}', label(value), labels(self.axes[axis]))}"
-                for setting_ in final.always
-                for axis, value in setting_.items()
-                if axis in compared and _fine(self.axes[axis]) and label(value) not in labels(self.axes[axis])
-            ]
+            found += [f"finalists.always: {p}" for given in final.always for p in _not_compared(self, given)]
         return found
 
 
 @dataclass(kw_only=True)
+class Question:
+    """A claim about two settings of a group, answered from their runs: yes, within noise, or no."""
+
+    ask: str = setting("The question, in words.")
+    group: str | None = setting("Whose settings these are; the first group's if not given.", None)
+    subject: dict[str, Any] = setting("The setting that the claim is about: `{method: NLoRA}`.")
+    other: dict[str, Any] = setting("The one that it is held against.")
+    claim: str = setting(
+        "`better`; `as_good` (not worse); `near` (`by` away at most); `wider_rates` (its range of usable learning "
+        "rates is the wider one).",
+        choices=CLAIMS,
+    )
+    by: float = setting("For `near`: the distance in the score's units.", 0.0)
+
+    def problems(self) -> list[str]:
+        """A setting held against itself, a distance below zero."""
+        found = ["other: it is the subject itself"] if self.subject == self.other else []
+        return found + ([f"by: at least 0 is expected, got {self.by}"] if self.by < 0 else [])
+
+
+@dataclass(kw_only=True)
 class Study:
-    """Groups of runs, each a question."""
+    """Groups of runs."""
 
     about: str = setting("What the study is for.", "")
     recipe: str = setting("The recipe that all runs share, a file found relative to this one.")
     set: dict[str, Any] = setting("Recipe keys over it.", dict)
     score: str = setting("The figure of results.json that decides.", "test_loss")
-    best: str = setting("Whether the lowest or the highest is best.", "lowest", choices=BEST)
-    groups: list[Group] = setting("The questions.")
+    best: str | None = setting(
+        "Whether the lowest or the highest is best; told from the score's name (loss, accuracy, ...) if not given.",
+        None,
+        choices=BEST,
+    )
+    groups: list[Group] = setting("What is compared: grids of runs, each with a heading of its own.")
+    questions: list[Question] = setting("Claims about two settings, which the report answers.", list)
 
     def problems(self) -> list[str]:
-        """Two groups of one name, none at all."""
+        """Two groups of one name, none at all; questions about settings that there are not."""
         names = [g.name for g in self.groups]
         found = [] if names else ["groups: none is given"]
-        return found + [f"groups: two are called {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
+        found += [f"groups: two are called {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
+        unknown = dict.fromkeys(self.score_of(g)[0] for g in self.groups if self._best_of(g) is None)
+        found += [
+            f"best: the name {score!r} does not say whether the lowest or the highest is best" for score in unknown
+        ]
+        return found + [f"questions[{n}].{p}" for n, q in enumerate(self.questions) for p in self._unanswerable(q)]
+
+    def group_of(self, question: Question) -> Group:
+        """The group that a question is about."""
+        return next(g for g in self.groups if question.group in (None, g.name))
+
+    def _unanswerable(self, question: Question) -> list[str]:
+        names = [g.name for g in self.groups]
+        if not names or question.group not in (None, *names):
+            return [f"group: {unknown_name('group', question.group, names)}"]
+        both = {"subject": question.subject, "other": question.other}
+        return [f"{name}: {p}" for name, given in both.items() for p in _not_compared(self.group_of(question), given)]
 
     def score_of(self, group: Group) -> tuple[str, bool]:
         """(the deciding figure, whether lower is better) of one of its groups."""
-        return group.score or self.score, (group.best or self.best) == "lowest"
+        return group.score or self.score, self._best_of(group) == "lowest"
+
+    def _best_of(self, group: Group) -> str | None:
+        """`lowest` or `highest`; a group's own score is not what the study's `best` was said of."""
+        score = group.score or self.score
+        said = group.best or (self.best if score == self.score else None)
+        return said or _told_by(score)
+
+
+def _told_by(score: str) -> str | None:
+    """What a score's name says of it; None where it says nothing. Those of evaluations are shares and marks."""
+    name = score.lower()
+    if name.startswith(EVALUATED):
+        return "highest"
+    if any(word in name for word in LOW_WORDS):
+        return "lowest"
+    return "highest" if any(word in name for word in HIGH_WORDS) else None
+
+
+def _not_compared(group: Group, given: dict[str, Any]) -> list[str]:
+    """What of a setting no run of the group has: axes that are not compared, values that are not on them."""
+    compared = [axis for axis in group.axes if axis not in group.tune]
+    return [
+        f"{axis!r} is not compared here. Compared: {', '.join(compared)}." for axis in given if axis not in compared
+    ] + [
+        unknown_name(f"value of {axis}", label(value), labels(group.axes[axis]))
+        for axis, value in given.items()
+        if axis in compared and _fine(group.axes[axis]) and label(value) not in labels(group.axes[axis])
+    ]
 
 
 def load_study(path: Path, overrides: Sequence[str] = (), data: Sequence[str] = ()) -> Study:

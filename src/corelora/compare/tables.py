@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from corelora.compare.folder import StudyFolder, distinct
 from corelora.compare.leaders import Labels, Leader, leaders
 from corelora.compare.published import published_columns
+from corelora.compare.questions import Answer, answer
 from corelora.compare.standing import Standing, stand
-from corelora.compare.study import Group
+from corelora.compare.study import EVALUATED, Group
 from corelora.plan_memory import GIB
 
 SAME = "≈"  # marks settings whose distance from the best is within noise
@@ -46,7 +48,7 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
         _add(columns, score, _score(leader))
         _add(columns, "seeds", str(len(leader.scores) or ""))
         for name in (n for n in _suite_scores(found) if n != score):
-            _add(columns, name.removeprefix("eval/"), _number(leader.average(name)))
+            _add(columns, name.removeprefix(EVALUATED), _number(leader.average(name)))
         for name, values in published_columns(folder.where, group, found).items():
             _add(columns, name, values[leader.setting])
         _add(columns, "usable rates", _usable(leader))
@@ -61,12 +63,29 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
 
 
 def leaders_text(folder: StudyFolder) -> str:
-    """Every group's table for a terminal."""
+    """Every group's table, and the answers, for a terminal."""
     parts = []
     for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
         headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
         parts.append(f"{group.name}\n{_aligned(headers, rows)}")
+    parts += [f"{a.ask} {a.verdict}\n  {a.figures}" for a in answers(folder)]
     return "\n\n".join(parts)
+
+
+def answers(folder: StudyFolder) -> list[Answer]:
+    """What the runs say to the study's questions, in their order."""
+    standings, study = folder.standings(), folder.study
+    found = []
+    for question in study.questions:
+        group = study.group_of(question)
+        settings = group_leaders(folder, group, standings[group.name])
+        found.append(answer(question, settings, study.score_of(group)[1]))
+    return found
+
+
+def answer_rows(folder: StudyFolder) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows as text) of the answers."""
+    return ["question", "answer", "figures"], [[a.ask, a.verdict, a.figures] for a in answers(folder)]
 
 
 def markdown(folder: StudyFolder) -> str:
@@ -74,10 +93,10 @@ def markdown(folder: StudyFolder) -> str:
     standings = folder.standings()
     everything = list({s.folder: s for runs in standings.values() for s in runs}.values())
     parts = [f"# {folder.root.name}", folder.study.about, summary(everything)]
+    if folder.study.questions:
+        parts += ["## Questions", _markdown_table(*answer_rows(folder))]
     for group, runs in zip(folder.study.groups, standings.values(), strict=True):
-        headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
-        lines = [headers, ["---"] * len(headers), *rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        table = _markdown_table(*leader_rows(folder, group, group_leaders(folder, group, runs)))
         parts += [f"## {group.name}", group.about, table]
     if failed := failures(everything):
         said = (f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed)
@@ -123,7 +142,7 @@ def run_rows(folder: StudyFolder) -> list[dict[str, Any]]:
         for run in runs:
             figures = {k: v for k, v in (run.results or {}).items() if isinstance(v, (int, float, str))}
             evaluated = {
-                f"eval/{s}: {k}": v.get("value") for s, all_ in run.evaluations.items() for k, v in all_.items()
+                f"{EVALUATED}{s}: {k}": v.get("value") for s, all_ in run.evaluations.items() for k, v in all_.items()
             }
             known = {"group": name, **run.run.labels, "seed": run.run.seed, "state": run.state, "run": run.run.name}
             rows.append({**known, **figures, **evaluated, "error": _first_line(run)})
@@ -151,7 +170,8 @@ def study_data(folder: StudyFolder) -> dict[str, Any]:
     made = [s.results for runs in folder.standings().values() for s in runs if s.results]
     versions: dict[str, Any] = next((r["versions"] for r in made if "versions" in r), {})
     rows = [{k: v for k, v in row.items() if v != ""} for row in run_rows(folder)]
-    return {"about": folder.study.about, "groups": groups, "runs": rows, "versions": versions}
+    said = [asdict(a) for a in answers(folder)]
+    return {"about": folder.study.about, "questions": said, "groups": groups, "runs": rows, "versions": versions}
 
 
 def list_text(folder: StudyFolder) -> str:
@@ -189,7 +209,7 @@ def _suite_scores(found: Sequence[Leader]) -> list[str]:
     """Names of all evaluated scores, as figures."""
     names: dict[str, None] = {}
     for run in (r for leader in found for r in leader.runs):
-        names |= {f"eval/{suite}: {score}": None for suite, scores in run.evaluations.items() for score in scores}
+        names |= {f"{EVALUATED}{suite}: {score}": None for suite, scores in run.evaluations.items() for score in scores}
     return list(names)
 
 
@@ -229,6 +249,11 @@ def _count(value: float | None) -> str:
 
 def _add(columns: dict[str, list[str]], name: str, cell: str) -> None:
     columns.setdefault(name, []).append(cell)
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _aligned(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,12 +12,14 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from corelora.compare.standing import FAILED, LOG, UPDATES, write_failed
 from corelora.compare.study import Finalists
 from corelora.errors import CoreLoraError
+from corelora.evaluate.suites import load_suite
 from corelora.recipe import Recipe
 from corelora.train.out_of_memory import is_out_of_memory
 
@@ -47,14 +49,21 @@ class Work:
         return (self.folder / "results.json").is_file() and not left
 
     def left_suites(self, final: Finalists) -> list[str]:
-        """Suites without a result file."""
-        made = {p.name.split("-")[0] for p in (self.folder / "eval").glob("*.json")}
-        return [s for s in final.suites if s not in made]
+        """Suites, by name or path as the study has them, without a result file under the protocol that it wants."""
+        made = {p.stem for p in (self.folder / "eval").glob("*.json")}
+        return [suite for suite in final.suites if _result_name(suite, final.protocol) not in made]
 
     @property
     def left_updates(self) -> bool:
         """Whether updates are still to be measured."""
         return any(final.updates for final in self.finals) and not (self.folder / UPDATES).is_file()
+
+
+@cache
+def _result_name(suite: str, protocol: str | None) -> str:
+    """What an evaluation's file is called: a suite that is given by its path has a name of its own."""
+    loaded = load_suite(suite)
+    return f"{loaded.name}-{loaded.protocol(protocol)[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)

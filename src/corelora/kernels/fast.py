@@ -46,13 +46,14 @@ def fast_path(mode: str) -> Iterator[None]:
 def wanted(x: Tensor) -> bool:
     """Whether the fused path is asked for on this input's device, by what can be told from the input alone.
 
-    On a CPU "auto" takes it for float32 and bfloat16, eager and plain (a compiler has its own order of products, and
-    torch.func cannot go through it): in passes without gradients always, in those with them from `CPU_ROWS` rows on.
-    With fewer, what the host does between products decides, and autograd does its part in C++ where we use Python.
+    On a CPU "auto" takes it for float32 and bfloat16, eager and plain (a compiler has its own order of products,
+    torch.func cannot go through it, autocast makes W narrow each time, next to which nothing counts): in passes without
+    gradients always, in those with them from `CPU_ROWS` rows on. With fewer, what the host does between products
+    decides, and autograd does its part in C++ where we use Python.
     """
     if _mode != "auto" or x.is_cuda:
         return _mode != "off"
-    if not x.is_cpu or x.dtype not in CPU_TYPES:
+    if not x.is_cpu or x.dtype not in CPU_TYPES or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and x.numel() < CPU_ROWS * x.shape[-1]:
         return False
@@ -73,24 +74,29 @@ def suits(view: View, base: nn.Module, core: CoreAdapter) -> bool:
 
 
 def fits(base: nn.Module, x: Tensor) -> bool:
-    """Whether this input can take it: the base's own type, not learning, no autocast, nobody listening to the base."""
+    """Whether this input can take it: the base's own type, or autocast; not learning; nobody listening to the base."""
     kept, own = base._parameters, base.__dict__
     weight, bias = kept["weight"], kept["bias"]
     if (
         weight is None
         or (weight.requires_grad and torch.is_grad_enabled())
-        or weight.dtype != x.dtype
+        or (weight.dtype != x.dtype and not _is_cast(x, weight))
         or weight.is_meta
         or type(base) is not nn.Linear
     ):
         return False
     heard = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own
     learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return not heard and not learns and not torch.is_autocast_enabled(x.device.type)
+    return not heard and not learns
+
+
+def _is_cast(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast brings both to one type; float64 is left as it is."""
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 
 
 def fused_forward(x: Tensor, base: nn.Module, maker: FormMaker) -> Tensor:
-    """base(x) plus the adapter's output, in one operation.
+    """base(x) plus the adapter's output, in one operation; under autocast in its type, as nn.Linear's.
 
     Args:
         x: [..., i].
@@ -100,4 +106,10 @@ def fused_forward(x: Tensor, base: nn.Module, maker: FormMaker) -> Tensor:
     kept = base._parameters
     weight = kept["weight"]
     assert weight is not None
-    return core_linear(x, weight, kept["bias"], maker.make())
+    kind, bias = x.device.type, kept["bias"]
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return core_linear(x, weight, bias, maker.make())
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):  # what is inside has types of its own: G is made in the factors'
+        cast_bias = None if bias is None else bias.to(dtype)
+        return core_linear(x.to(dtype), weight.to(dtype), cast_bias, maker.make())

@@ -72,10 +72,17 @@ class DataPart:
     packing: bool = setting("Put several rows into one sequence; attention does not cross their borders.", False)
     workers: int = setting("Processes that tokenise.", 1)
     shuffle: bool = setting("Shuffle the rows with the run's seed.", True)
+    group_by_length: bool = setting(
+        "Rows of like length into one batch, the batches in random order: less padding, faster steps.", False
+    )
 
     def problems(self) -> list[str]:
-        """Numbers out of range."""
+        """Numbers out of range, settings that exclude each other."""
         found = []
+        if self.group_by_length and self.packing:
+            found.append("group_by_length: packed sequences are all of one length; leave one of the two out")
+        if self.group_by_length and not self.shuffle:
+            found.append("group_by_length: it gives rows another order, which shuffle: false forbids")
         if self.max_length < 2:
             found.append(f"max_length must be at least 2, got {self.max_length}")
         if self.workers < 1:
@@ -137,6 +144,11 @@ class LoopPart:
         "can be done). Takes up to twice the memory of the activations.",
         "off",
         choices=("off", "auto", "on"),
+    )
+    liger: bool = setting(
+        "Liger's kernels for norms, rotations, the MLP's activation and, without graphs, a loss that never holds all "
+        "logits; on a GPU, for the models that Liger-Kernel knows.",
+        False,
     )
     fold: bool = setting("Run with a subtracted start in the base weights: faster, rounded to their storage.", False)
     seed: int = setting("Seed of starts, order of rows and dropout.", 0)

@@ -101,7 +101,8 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         guess = nearest(path.name, beside)
-        raise CoreLoraError(f"{path}: no such file.{f' Did you mean {guess}?' if guess else ''}") from None
+        named = f"{above[-1]}: base: " if above else ""
+        raise CoreLoraError(f"{named}{path}: no such file.{f' Did you mean {guess}?' if guess else ''}") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         raise CoreLoraError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, Trainer, TrainingArguments, get_sched
 from corelora.recipe import Recipe
 from corelora.recipe.schema import ModelPart
 from corelora.train.folder import RunFolder
+from corelora.train.liger import liger_arguments
 from corelora.train.methods import is_corelora, is_whole
 from corelora.train.models import DTYPES
 from corelora.train.optim import optimizer_name
@@ -117,6 +118,7 @@ def training_arguments(
         ddp_broadcast_buffers=False,  # frozen factors are equal everywhere
         **placement(),
         **_checkpointing(loop.checkpointing),
+        **liger_arguments(recipe),
         **_precision(recipe, config),
         **_optimizer(recipe),
     )

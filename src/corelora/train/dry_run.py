@@ -29,6 +29,7 @@ from corelora.train.arguments import precision_problems, trial_problems, weight_
 from corelora.train.checkpoints import newest_checkpoint
 from corelora.train.folder import RunFolder
 from corelora.train.graphs import graph_problems
+from corelora.train.liger import liger_problems
 from corelora.train.memory import changes_that_fit, meta_model, room, step_memory
 from corelora.train.methods import clipped_ranks, is_whole, wanted_stats
 from corelora.train.methods import problems as method_problems
@@ -79,12 +80,12 @@ def check(recipe: Recipe, output: Path) -> Facts:
     found = [p for p in (TASKS.miss(recipe.task),) if p]
     found += method_problems(recipe.method)
     sound = not found  # only then there is a model to make
-    optim = optim_problems(recipe.optim, recipe.method) + _test_problems(recipe)
+    optim = optim_problems(recipe.optim, recipe.method, recipe.loop.steps) + _test_problems(recipe)
     found += optim
     found += model_problems(recipe.model)
     found += _reporter_problems(recipe)
     found += start_problems(recipe.model, full=is_whole(recipe.method))
-    data = TASKS[recipe.task].problems(recipe) if recipe.task in TASKS else []
+    data = TASKS[recipe.task].problems(recipe) + _length_problems(recipe) if recipe.task in TASKS else []
     found += data
     found += _gradient_problems(recipe) if sound and recipe.task in TASKS else []
     config = None
@@ -95,7 +96,7 @@ def check(recipe: Recipe, output: Path) -> Facts:
     except CoreLoraError as error:
         found.append(str(error))
     precision = precision_problems(recipe, config)
-    found += precision
+    found += precision + liger_problems(recipe, config)
     found += graph_problems(recipe) if recipe.loop.graphs == "on" else []
     model = None
     if config is not None and sound:
@@ -236,6 +237,13 @@ def _gradient_problems(recipe: Recipe) -> list[str]:
         f"method.name: {recipe.method['name']} starts from first gradients, and in the task {recipe.task} the model "
         "gives no loss to take them of; give method.stats a file of corelora.collect_gradients, or take another method."
     ]
+
+
+def _length_problems(recipe: Recipe) -> list[str]:
+    """Rows to be grouped by lengths that they don't have."""
+    if not recipe.data.group_by_length or TASKS[recipe.task].reads_tokens:
+        return []
+    return [f"data.group_by_length: rows of the task {recipe.task} are pictures, all of one size; leave it out."]
 
 
 def _test_problems(recipe: Recipe) -> list[str]:

@@ -13,20 +13,23 @@ from torch.utils._pytree import tree_leaves
 from corelora.recipe import Recipe
 
 
-def all_finite(model: nn.Module, losses: Sequence[Tensor], *, gradients: bool = True) -> bool:
-    """Whether the losses of a step and the norm of its gradients are finite; one wait for the device.
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm over all gradients that are there, on their device; 0 where there are none."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def all_finite(losses: Sequence[Tensor], norm: Tensor | None = None) -> bool:
+    """Whether the losses of a step, and the norm of its gradients, are finite; one wait for the device.
 
     Args:
-        model: after the backward pass.
-        losses: the step's losses, one a forward pass.
-        gradients: look at the gradients too.
+        losses: the step's, one a forward pass.
+        norm: of the gradients; None to look at the losses alone.
     """
     values = [torch.isfinite(torch.stack([loss.float() for loss in losses])).all()]
-    if gradients:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        values.append(torch.isfinite(whole).to(values[0].device))
+    if norm is not None:
+        values.append(torch.isfinite(norm).to(values[0].device))
     return bool(torch.stack(values).all())
 
 

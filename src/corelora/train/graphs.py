@@ -47,6 +47,7 @@ class CudaRecorder:
         with torch.cuda.stream(self.stream):
             loss = function()
         torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.empty_cache()  # recordings have memory of their own: what this pass leaves would lie idle beside it
         return loss
 
     def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -80,6 +80,12 @@ def meta_model(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
     except CoreLoraError:
         raise
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        if "meta tensor" in str(error):
+            name = recipe.method["name"]
+            raise CoreLoraError(
+                f"method.name: PEFT's {name} decomposes the weights as it is made, and what is checked before they are "
+                "loaded can't be checked then; take another method."
+            ) from None
         raise CoreLoraError(f"method: {' '.join(str(error).split())}") from None
 
 

@@ -25,6 +25,7 @@ FULL = "full"
 HEAD = "head"  # frozen features: the baseline of every adapter under a new head
 WHOLE = {FULL: "full fine-tuning", HEAD: "training the head alone"}
 PEFT_PREFIX = "peft:"
+TOKENS = "num_virtual_tokens"  # of prompt methods, which have no default for it
 
 # PEFT's names for variants of its LoRA: the fields that make them.
 LORA_VARIANTS: dict[str, dict[str, Any]] = {
@@ -153,9 +154,11 @@ def problems(method: Mapping[str, Any], needs: AdapterNeeds | None = None) -> li
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _build(method, needs or AdapterNeeds(task_type="CAUSAL_LM", total_steps=MANY_STEPS))
+            built = _build(method, needs or AdapterNeeds(task_type="CAUSAL_LM", total_steps=MANY_STEPS))
     except (CoreLoraError, ValueError, TypeError, UnknownSettingError) as error:
         return [f"method: {line}" for line in _lines(error)]
+    if getattr(built, TOKENS, 0) is None:
+        return [f"method.{TOKENS} is missing: how many tokens {name} puts in front of each row and learns, such as 20."]
     return []
 
 

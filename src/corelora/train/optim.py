@@ -43,8 +43,14 @@ def rates(part: OptimPart) -> dict[str, float]:
     return {**({"B": LORA_PLUS_RATE} if part.name == LORA_PLUS else {}), **part.rates}
 
 
-def problems(part: OptimPart, method: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the optimizer's and the schedule's names, and with their pairing with a method."""
+def problems(part: OptimPart, method: Mapping[str, Any], steps: int | None = None) -> list[str]:
+    """What is wrong with the optimizer's and the schedule's names, with their pairing with a method, with the warm-up.
+
+    Args:
+        part: of the recipe.
+        method: of the recipe.
+        steps: of the run, where it is known how many they are.
+    """
     found = []
     known = [o.value for o in OptimizerNames]
     if optimizer_name(part) not in known:
@@ -67,7 +73,14 @@ def problems(part: OptimPart, method: Mapping[str, Any]) -> list[str]:
         takes = part.name != LORA_FA and any(kind in optimizer_name(part) for kind in kinds)
         if getattr(part, key) is not None and not takes:
             found.append(f"optim.{key}: {part.name} takes none.")
-    return found
+    return found + warmup_problems(part, steps)
+
+
+def warmup_problems(part: OptimPart, steps: int | None) -> list[str]:
+    """A warm-up that is longer than the run: the rate would never be what the recipe says."""
+    if steps is None or part.warmup <= steps:
+        return []
+    return [f"optim.warmup: {part.warmup:g} steps of warm-up in a run of {steps}; give fewer, or a part such as 0.03."]
 
 
 def factor_groups(model: nn.Module) -> dict[str, str]:

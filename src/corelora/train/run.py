@@ -39,6 +39,7 @@ from corelora.train.methods import (
     wanted_stats,
 )
 from corelora.train.models import positions
+from corelora.train.optim import warmup_problems
 from corelora.train.out_of_memory import is_out_of_memory
 from corelora.train.plots import loss_curve
 from corelora.train.processes import is_main, meet
@@ -144,7 +145,7 @@ def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
     sample = task.sample(rows["train"].dataset[0], processor)
     colour = sys.stderr.isatty()
     say(f"\na row, what is trained {'in green' if colour else 'in [[ ]]'}:\n{shortened(marked(sample, colour))}\n")
-    return Run(
+    run = Run(
         recipe=recipe,
         folder=folder,
         task=task,
@@ -154,6 +155,8 @@ def prepare(recipe: Recipe, config: PretrainedConfig, folder: RunFolder) -> Run:
         rows=rows,
         collator=task.collator(recipe, processor),
     )
+    raise_all(warmup_problems(recipe.optim, run.steps), "recipe")
+    return run
 
 
 def build_model(run: Run) -> Any:

@@ -53,6 +53,9 @@ def as_rows(encoded: Encoded) -> Rows:
     )
 
 
+FEW = 20  # types of models that a message lists
+
+
 class Task(ABC):
     """One kind of training. Instances have no state: everything comes from the recipe.
 
@@ -114,10 +117,18 @@ class Task(ABC):
                     **options,
                 )
         except (ValueError, ImportError) as error:
+            if "Unrecognized configuration class" in str(error):
+                raise CoreLoraError(f"model.name: {self._wrong_type(config)}") from None
             if attention is None:
                 raise
             raise CoreLoraError(f"model.attention: {error}") from None
         return model
+
+    def _wrong_type(self, config: Any) -> str:
+        """What to say of a model that the task has no class for."""
+        known = sorted({kind.model_type for kind in self.auto_class._model_mapping})
+        which = f": {', '.join(known)}" if len(known) <= FEW else f", {len(known)} of them"
+        return f"{config.model_type} is no type of model that the task {self.name} trains{which}"
 
     def load_model(self, recipe: Recipe, config: Any, processor: Any, source: str | None) -> nn.Module:
         """The model with its weights, from a folder `source` where that is given.

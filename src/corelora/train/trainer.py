@@ -18,9 +18,11 @@ from corelora.errors import CoreLoraError
 from corelora.recipe import Recipe
 from corelora.train.adalora import adalora_of, all_ranks, save_budget
 from corelora.train.checkpoints import ResumableTrainer, newest_checkpoint
-from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output
+from corelora.train.finite import advice, all_finite, first_bad_gradient, first_bad_output, gradient_norm
 from corelora.train.graphs import make_graphs
+from corelora.train.lengths import LengthSampler, row_lengths
 from corelora.train.optim import make_optimizer
+from corelora.train.processes import shares_weights
 
 
 class RunTrainer(ResumableTrainer):
@@ -38,6 +40,9 @@ class RunTrainer(ResumableTrainer):
         self._graphs = make_graphs(recipe, self.model)
         self._losses: list[Tensor] = []  # of this step so far, with the batches that gave them
         self._batches: list[Mapping[str, Any]] = []
+        self._norm: Tensor | None = None  # of this step's gradients
+        self._parameters: list[nn.Parameter] | None = None
+        self._ops: int | None = None  # of one of its input's numbers
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; transformers' own way where it needs no groups."""
@@ -46,6 +51,13 @@ class RunTrainer(ResumableTrainer):
             decayed = set(self.get_decay_parameter_names(where))
             self.optimizer = make_optimizer(self.recipe.optim, self.args, where, decayed)
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows of like length together, where the recipe asks for it."""
+        if not self.recipe.data.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        step_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthSampler(row_lengths(self.train_dataset), step_rows, self.recipe.loop.seed)
 
     def _save(self, *args: Any, **options: Any) -> None:
         """With all of AdaLoRA's ranks: the run may go on from here."""
@@ -81,11 +93,36 @@ class RunTrainer(ResumableTrainer):
         share = self.current_gradient_accumulation_steps
         return self._graphs(lambda batch, items: step(model, batch, items), batch, items, share)
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As Trainer's, which counts the model's parameters anew for each batch."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        numbers = inputs[name].numel() if name in inputs else 0
+        if self._ops is None and numbers:
+            self._ops = super().floating_point_ops(inputs) // numbers
+        return numbers * (self._ops or 0)
+
+    def _learning(self, model: nn.Module) -> list[nn.Parameter]:
+        """What trains. Looked up once: a walk through all modules takes the host as long as a small model's kernels."""
+        if shares_weights():  # their wrappers may put others in place
+            return [p for p in model.parameters() if p.requires_grad]
+        if self._parameters is None:
+            self._parameters = [p for p in model.parameters() if p.requires_grad]
+        return self._parameters
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As Trainer's, with the norm that is known already."""
+        norm, self._norm = self._norm, None
+        if norm is None or shares_weights():
+            return super()._clip_grad_norm(model)
+        torch.nn.utils.clip_grads_with_norm_(self._learning(model), self.args.max_grad_norm, norm)
+        return norm
+
     def _stop_unless_finite(self, model: nn.Module) -> None:
         scales = self.accelerator.scaler is not None  # float16: the scaler looks, and leaves such an update out
-        if all_finite(model, self._losses, gradients=not scales):
+        self._norm = None if scales else gradient_norm(self._learning(model))
+        if all_finite(self._losses, self._norm):
             return
-        is_loss = not all_finite(model, self._losses, gradients=False)
+        is_loss = not all_finite(self._losses)
         module = first_bad_output(model, self._batches) if is_loss else first_bad_gradient(model)
         what = f"the loss is {float(torch.stack(self._losses).sum())}" if is_loss else "a gradient is not finite"
         where = f", first in {module}" if module else ""
@@ -100,6 +137,11 @@ class RunTrainer(ResumableTrainer):
 
 class ReplyTrainer(RunTrainer):
     """Language models: the test loss is a mean over all trained tokens, whatever batch they were in."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Longest rows first: sums don't depend on the order, and padding takes time."""
+        lengths = row_lengths(eval_dataset)
+        return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
