@@ -234,6 +234,7 @@ def test_one_loss_curve(method):
 @pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
 def test_compiled_layer_is_one_graph(method, narrow):
     """torch.compile sees the adapter as one node: no graph break, the same numbers."""
+    torch.compiler.reset()  # it allows eight compilations of one function
     layer = _layer(method, "default", {}, torch.float32)
     x = torch.randn(6, 37, requires_grad=True)
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow)
