@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from compare.helpers import opened
-from corelora.compare.devices import expected_memory
+from corelora.compare.devices import Memory
 from corelora.compare.pool import Device, Task
 from corelora.compare.session import planned_runs
 from corelora.compare.work import Work
@@ -26,7 +26,7 @@ def gpu(most=4):
 
 def test_estimates_are_of_the_setting(folder, tmp_path):
     """A rate changes nothing; a larger rank takes more; a process itself takes most of a tiny run."""
-    found = expected_memory(works(folder, tmp_path), [gpu()], None)
+    found = Memory([gpu()], None).of(works(folder, tmp_path))
     assert found[0] == found[1] < found[2] == found[3]
     assert 0.8 * GIB < found[0] < 2 * GIB
 
@@ -37,8 +37,8 @@ def test_what_is_not_known_is_alone_or_a_share(folder, tmp_path):
         dataclasses.replace(w, recipe=dataclasses.replace(w.recipe, task="clip_few_shot"))
         for w in works(folder, tmp_path)
     ]
-    assert expected_memory(unknown, [gpu()], None) == [None] * 4
-    shares = expected_memory(unknown, [gpu()], 4)
+    assert Memory([gpu()], None).of(unknown) == [None] * 4
+    shares = Memory([gpu()], 4).of(unknown)
     assert shares == [20 * GIB] * 4
     device = gpu()
     for work, memory in zip(unknown, shares, strict=True):
@@ -49,7 +49,8 @@ def test_what_is_not_known_is_alone_or_a_share(folder, tmp_path):
 
 
 def test_a_cpu_is_not_estimated(folder, tmp_path):
-    assert expected_memory(works(folder, tmp_path), [Device(number=None, free=float("inf"), most=2)], 2) == [0.0] * 4
+    memory = Memory([Device(number=None, free=float("inf"), most=2)], 2)
+    assert memory.of(works(folder, tmp_path)) == [0.0] * 4
 
 
 class _Running:

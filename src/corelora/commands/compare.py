@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from corelora.commands.output import print_json
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FOLDER", help="the study's folder (studies/NAME-OF-THE-FILE)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key for all runs: loop.steps=50")
     add("--data", action="append", default=[], metavar="FOLDER|TASK=PATH", help="local rows for the finalists' suites")
+    add("--known", action="append", default=[], metavar="FILE", help="finished runs of other folders: a runs.jsonl")
     add("--jobs", type=int, metavar="N", help="runs at a time on each GPU (as many as fit) or on the CPU (1)")
     add("--retry", action="store_true", help="make failed runs again")
     add("--shard", metavar="I/N", help="only every N-th run, beginning with the I-th from 0: one job of an array")
@@ -35,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         CoreLoraError: packages that are missing; anything wrong with the study; another process runs it.
     """
     try:  # here, so that the other commands need none of its packages, nor the time to import them
+        from corelora.compare.known import take_known
         from corelora.compare.session import Options, check_study, run_study, start_study
         from corelora.compare.tables import leaders_text, list_text, study_data
     except ModuleNotFoundError as error:
@@ -56,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(f"{check_study(folder)} different recipes, nothing is wrong. Next: {folder.command}")
         return 0
+    if arguments.known:
+        folder.save()  # before its runs: a folder without it would be a stranger's
+        taken = take_known(output, [Path(file) for file in arguments.known])
+        print(f"{taken} finished runs taken from {', '.join(arguments.known)}", file=sys.stderr)
     whole = run_study(folder, options, (lambda text: None) if arguments.json else print)
     if arguments.json:
         print_json(study_data(folder))

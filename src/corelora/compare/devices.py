@@ -26,28 +26,39 @@ MARGIN = 1.15  # over the estimate: tests, fragments
 CORES = 2  # of the CPU, for each run on a GPU
 
 
-def expected_memory(works: Sequence[Work], devices: Sequence[Device], jobs: int | None) -> list[float | None]:
-    """Bytes that each run is expected to take on a GPU; on a CPU 0, where the user says how many run.
-
-    Estimated once for all rates and seeds of a setting, by several processes. What can't be estimated (pictures) is
-    taken to be an even share where the user says how many run at a time; else it is None, and the run is alone.
+class Memory:
+    """What runs are expected to take, estimated once for all rates and seeds of a setting, by several processes.
 
     Args:
-        works: the runs.
-        devices: where they will be.
+        devices: where the runs will be.
         jobs: runs at a time on each device, if the user says so.
     """
-    if devices[0].number is None:
-        return [0.0] * len(works)
-    share = min(d.free for d in devices) / jobs if jobs else None
-    keys = [without_rates(work.recipe) for work in works]
-    recipes = dict(zip(keys, (work.recipe for work in works), strict=True))
-    count = min(len(recipes), os.cpu_count() or 1)
-    with ProcessPoolExecutor(count, mp_context=process_context()) as pool:
-        made = pool.map(estimate, recipes.values())
-        bar = tqdm(made, total=len(recipes), desc="memory", unit="setting", delay=2, leave=False)
-        known = dict(zip(recipes, bar, strict=True))
-    return [share if known[key] is None else known[key] for key in keys]
+
+    def __init__(self, devices: Sequence[Device], jobs: int | None) -> None:
+        self.on_cpu = devices[0].number is None
+        self.share = min(d.free for d in devices) / jobs if jobs else None
+        self.known: dict[str, float | None] = {}
+
+    def of(self, works: Sequence[Work]) -> list[float | None]:
+        """Bytes that each run is expected to take on a GPU; on a CPU 0, where the user says how many run.
+
+        What can't be estimated (pictures) is taken to be an even share where the user says how many run at a time; else
+        it is None, and the run is alone.
+
+        Args:
+            works: the runs.
+        """
+        if self.on_cpu:
+            return [0.0] * len(works)
+        keys = [without_rates(work.recipe) for work in works]
+        new = {key: work.recipe for key, work in zip(keys, works, strict=True) if key not in self.known}
+        if new:
+            count = min(len(new), os.cpu_count() or 1)
+            with ProcessPoolExecutor(count, mp_context=process_context()) as pool:
+                made = pool.map(estimate, new.values())
+                bar = tqdm(made, total=len(new), desc="memory", unit="setting", delay=2, leave=False)
+                self.known |= dict(zip(new, bar, strict=True))
+        return [self.share if self.known[key] is None else self.known[key] for key in keys]
 
 
 def estimate(recipe: Recipe) -> float | None:

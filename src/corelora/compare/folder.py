@@ -14,6 +14,7 @@ import yaml
 from corelora.compare.expand import Planned, expand
 from corelora.compare.finalists import finalists
 from corelora.compare.parts import kept_in
+from corelora.compare.search import asked
 from corelora.compare.standing import Standing, stand_all
 from corelora.compare.study import Group, Study
 from corelora.errors import CoreLoraError, raise_all
@@ -32,7 +33,7 @@ class StudyFolder:
         root: the study's folder.
         study: as it was read.
         where: the folder that its recipes are relative to.
-        first: the runs of its first seeds, by group.
+        first: the runs of its first seeds, by group: all that may be asked for.
         file: that it was read from; None for a folder that does not say it.
         words: of the command, `--set=KEY=VALUE` and `--data=PATH`.
     """
@@ -57,9 +58,13 @@ class StudyFolder:
         if self.file is not None:
             write_json(self.root / MADE_BY, {"file": os.path.relpath(self.file, self.root), "words": self.words})
 
+    def asked(self, group: Group) -> list[Standing]:
+        """Runs of a group's first seeds that are asked for so far (search.py)."""
+        return asked(group, stand_all(self.first[group.name], self.root), *self.study.score_of(group))
+
     def finalists(self, group: Group) -> list[Planned]:
         """The finalists' runs, every seed; none before the group's first runs have all ended."""
-        standings = stand_all(self.first[group.name], self.root)
+        standings = self.asked(group)
         if any(s.state == "missing" for s in standings):
             return []
         score, lower = self.study.score_of(group)
@@ -67,10 +72,11 @@ class StudyFolder:
 
     def standings(self) -> dict[str, list[Standing]]:
         """What is known of each group's runs, finalists too."""
-        return {
-            group.name: stand_all(distinct([*self.first[group.name], *self.finalists(group)]), self.root)
-            for group in self.study.groups
-        }
+        found = {}
+        for group in self.study.groups:
+            runs = distinct([*(s.run for s in self.asked(group)), *self.finalists(group)])
+            found[group.name] = stand_all(runs, self.root)
+        return found
 
 
 def open_study(

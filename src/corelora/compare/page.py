@@ -1,4 +1,4 @@
-"""A study's report: one HTML page with live charts that needs no network, the same tables in Markdown, runs as CSV."""
+"""A study's report: one HTML page with live charts that needs no network, its tables in Markdown, its runs as data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
+from corelora.compare.known import RUNS, runs_text
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 from corelora.compare.tables import answer_rows, csv_text, failures, group_leaders, leader_rows, markdown, summary
@@ -22,16 +23,17 @@ HERE = Path(__file__).parent
 
 
 def report_study(folder: StudyFolder) -> list[Path]:
-    """Write report.html, report.md and runs.csv into a study's folder.
+    """Write report.html, report.md, runs.csv and runs.jsonl into a study's folder.
 
     Args:
         folder: of the study; runs that are missing or have failed are shown as such.
 
     Returns:
-        The three paths.
+        Their paths.
     """
-    paths = [folder.root / name for name in ("report.html", "report.md", "runs.csv")]
-    texts = [page_html(folder), markdown(folder), csv_text(folder)]
+    paths = [folder.root / name for name in ("report.html", "report.md", "runs.csv", RUNS)]
+    runs = list({s.folder: s for own in folder.standings().values() for s in own}.values())
+    texts = [page_html(folder), markdown(folder), csv_text(folder), runs_text(runs)]
     for path, text in zip(paths, texts, strict=True):
         write_text(path, text)
     return paths

@@ -96,29 +96,43 @@ class Pool:
         self.threads = max(1, (os.cpu_count() or 1) // sum(d.most for d in self.devices))
         self.context = process_context()
 
-    def run(self, tasks: Sequence[Task]) -> None:
+    def run(self, tasks: Sequence[Task], more: Callable[[], Sequence[Task]] = tuple) -> None:
         """Make all runs; one that fails is written down, and the others go on.
 
         An interruption ends the running processes; what they had saved is gone on from the next time.
+
+        Args:
+            tasks: the runs to begin with.
+            more: asked when runs have ended: what follows from them.
         """
         waiting = list(tasks)
         with tqdm(total=len(waiting), desc="study", unit="run", dynamic_ncols=True) as bar:
             try:
                 while waiting or any(d.running for d in self.devices):
                     self._fill(waiting)
-                    self._collect(waiting, bar)
+                    if self._collect(waiting, bar):
+                        new = more()
+                        waiting[:0] = new  # first: so that what was begun becomes whole
+                        bar.total = (bar.total or 0) + len(new)
                     time.sleep(POLL)
             finally:
                 self._end_all()
 
-    def _collect(self, waiting: list[Task], bar: Any) -> None:
-        """Take out what has ended; what had too little memory beside others goes back into the queue."""
+    def _collect(self, waiting: list[Task], bar: Any) -> bool:
+        """Take out what has ended; what had too little memory beside others goes back into the queue.
+
+        Returns:
+            Whether a run is over.
+        """
+        over = False
         for ended in self._ended():
             if self._again(ended):
                 waiting.append(ended.task)
             else:
+                over = True
                 bar.update()
                 self.say(ended.task)
+        return over
 
     def _fill(self, waiting: list[Task]) -> None:
         for device in self.devices:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from corelora.compare.devices import expected_memory, find_devices, without_rates
+from corelora.compare.devices import Memory, find_devices, without_rates
 from corelora.compare.expand import Planned
 from corelora.compare.folder import StudyFolder, distinct, open_study
 from corelora.compare.pool import Pool, Task
-from corelora.compare.standing import FAILED, Standing, stand, stand_all
-from corelora.compare.study import Group, load_study
+from corelora.compare.standing import FAILED, Standing, stand
+from corelora.compare.study import Finalists, Group, load_study
 from corelora.compare.work import Work
 from corelora.errors import CoreLoraError, raise_all
 from corelora.train.dry_run import check
@@ -51,6 +51,9 @@ class Session:
         self.folder, self.options, self.say = folder, options, say
         self.study, self.root = folder.study, folder.root
         self.known: dict[Path, Planned] = {}  # by folder, for what is said when a run ends
+        self.retried: set[Path] = set()
+        # By their places among all that may be asked for, shards that begin at different times share runs alike.
+        self.places = {name: n for n, name in enumerate(run.name for run in planned_runs(folder))}
 
     def run(self) -> bool:
         """Make what is missing: all first seeds, then the finalists.
@@ -59,47 +62,63 @@ class Session:
             Whether the study is whole; one that is cut into shards may wait for the others.
         """
         self.folder.save()
-        first = [run for runs in self.folder.first.values() for run in runs]
-        self._make([(run, None) for run in first])
-        if any(s.state == "missing" for s in stand_all(first, self.root)):
+        self._make(self._first_runs)
+        if any(s.state == "missing" for group in self.study.groups for s in self.folder.asked(group)):
             return False
-        self._make(self._final_runs())
+        self._make(self._final_runs)
         return all(s.state != "missing" for runs in self.folder.standings().values() for s in runs)
+
+    def _first_runs(self) -> list[tuple[Planned, Group | None]]:
+        """The runs of the first seeds that are asked for so far: more, when some of these have ended."""
+        return [(s.run, None) for group in self.study.groups for s in self.folder.asked(group)]
 
     def _final_runs(self) -> list[tuple[Planned, Group | None]]:
         """The finalists' runs, those of the first seeds too: they are evaluated likewise."""
         return [(run, group) for group in self.study.groups for run in self.folder.finalists(group)]
 
-    def _make(self, runs: Sequence[tuple[Planned, Group | None]]) -> None:
-        works = self._works(runs)
-        self.known |= {run.folder(self.root): run for run, _ in runs}
-        todo = self._todo(works)
+    def _make(self, wanted: Callable[[], list[tuple[Planned, Group | None]]]) -> None:
+        """Make runs, and those that are wanted once some of them have ended."""
+        begun: set[Path] = set()
+
+        def more() -> list[Work]:
+            runs = wanted()
+            self.known |= {run.folder(self.root): run for run, _ in runs}
+            new = [work for work in self._todo(self._works(runs)) if work.folder not in begun]
+            begun.update(work.folder for work in new)
+            return new
+
+        todo = more()
         if not todo:
             return
-        self.say(f"{len(todo)} of {len(works)} runs to make, in {self.root}")
+        self.say(f"{len(todo)} of {len(self._works(wanted()))} runs to make, in {self.root}")
         devices = find_devices(self.options.jobs)
-        memory = expected_memory(todo, devices, self.options.jobs)
-        tasks = [Task(work=work, memory=taken) for work, taken in zip(todo, memory, strict=True)]
-        # Group by group, so that a study that is cut off has whole ones; the largest first, so that none waits alone.
+        memory = Memory(devices, self.options.jobs)
+        Pool(devices, self._tell).run(self._tasks(todo, memory), lambda: self._tasks(more(), memory))
+
+    def _tasks(self, works: Sequence[Work], memory: Memory) -> list[Task]:
+        """Works with what they take, group by group, so that a study that is cut off has whole ones.
+
+        The largest of a group are first, so that none waits alone.
+        """
         groups = [group.name for group in self.study.groups]
-        tasks.sort(
+        tasks = [Task(work=work, memory=taken) for work, taken in zip(works, memory.of(works), strict=True)]
+        return sorted(
+            tasks,
             key=lambda t: (
                 groups.index(self.known[t.work.folder].group),
                 -(t.memory if t.memory is not None else float("inf")),
-            )
+            ),
         )
-        Pool(devices, self._tell).run(tasks)
 
     def _todo(self, works: Sequence[Work]) -> list[Work]:
-        """What is missing of this shard's part, without what has failed before.
-
-        All works are counted, done or not: shards that begin at different times must share them alike.
-        """
+        """What is missing of this shard's part, without what has failed before."""
         n, of = self.options.shard or (0, 1)
-        mine = [work for at, work in enumerate(works) if at % of == n and not work.is_done]
+        places = [self.places.setdefault(work.folder.name, len(self.places)) for work in works]
+        mine = [work for place, work in zip(places, works, strict=True) if place % of == n and not work.is_done]
         if self.options.retry:
-            for work in mine:
+            for work in (w for w in mine if w.folder not in self.retried):
                 (work.folder / FAILED).unlink(missing_ok=True)
+        self.retried.update(work.folder for work in mine)
         return [work for work in mine if not (work.folder / FAILED).is_file()]
 
     def _works(self, runs: Sequence[tuple[Planned, Group | None]]) -> list[Work]:
@@ -111,7 +130,7 @@ class Session:
             Work(
                 recipe=of_it[0][0].recipe,
                 folder=of_it[0][0].folder(self.root),
-                finals=tuple(g.finalists for _, g in of_it if g is not None and g.finalists is not None),
+                finals=tuple(_of_seed(g, r) for r, g in of_it if g is not None and g.finalists is not None),
                 keep_models=self.options.keep_models or any(g is None and self._may_be_final(r) for r, g in of_it),
             )
             for of_it in asked.values()
@@ -137,6 +156,13 @@ class Session:
         score, _ = self.study.score_of(group)
         value = standing.figure(score)
         return f"{score} {value:.4f}" if value is not None else f"no figure {score!r} came out"
+
+
+def _of_seed(group: Group, run: Planned) -> Finalists:
+    """What a group wants of a finalist: updates are measured of the first seed alone, which the charts show."""
+    assert group.finalists is not None
+    final = group.finalists
+    return final if run.seed == group.seeds[0] else replace(final, updates=False)
 
 
 def start_study(path: Path, root: Path, overrides: Sequence[str] = (), data: Sequence[str] = ()) -> StudyFolder:

@@ -28,6 +28,7 @@ SHORT = {
     "slice_scale": "method.slice_scale",
     "position": "method.position",
 }
+RATE = SHORT["lr"]
 BEST = ("lowest", "highest")
 EVALUATED = "eval/"  # begins the scores of evaluations, `eval/SUITE-PROTOCOL: SCORE`
 # Words in a score's name that say what is best.
@@ -69,7 +70,7 @@ class Finalists:
     protocol: str | None = setting("Protocol of these suites; each one's own default if not given.", None)
     data: list[str] = setting("Local rows for the suites, as after `corelora evaluate --data`.", list)
     limit: int | None = setting("Samples of each task, the first ones; all if not given.", None)
-    updates: bool = setting("Measure norms and spectra of what the finalists learned.", False)
+    updates: bool = setting("Measure norms and spectra of what the finalists learned, with the first seed.", False)
 
     def problems(self) -> list[str]:
         """Seeds twice, nobody chosen."""
@@ -94,6 +95,11 @@ class Group:
     tune: list[str] = setting(
         "Axes that are searched, not compared: each compared setting is judged at its best.", list
     )
+    begin: list[float] = setting(
+        "Of the tuned learning rates, those that are tried first; each setting then goes on to the next one above or "
+        "below, while the best, or one within 1 % of its loss, is the highest or lowest tried. All if not given.",
+        list,
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of every run; 0 if not given."})
     finalists: Finalists | None = setting("Who gets more seeds.", None)
     score: str | None = setting("In place of the study's.", None)
@@ -113,6 +119,7 @@ class Group:
             for a in self.tune
             if a not in self.axes
         ]
+        found += _wrong_begin(self)
         final = self.finalists
         if final is not None:
             again = sorted(set(final.seeds) & set(self.seeds))
@@ -298,6 +305,17 @@ def _wrong_published(published: Published | None, where: Path) -> list[str]:
     known = sorted({key for row in data["rows"] for key in row} - {"values"})
     found = [unknown_name("column", c, data["columns"]) for c in published.columns if c not in data["columns"]]
     return found + [f"where: {unknown_name('label', key, known)}" for key in published.where if key not in known]
+
+
+def _wrong_begin(group: Group) -> list[str]:
+    """Rates to begin with that are not among those tuned."""
+    axis = next((a for a in group.tune if SHORT.get(a, a) == RATE), None)
+    if not group.begin or (axis in group.axes and not _fine(group.axes[axis])):
+        return []
+    if axis is None or axis not in group.axes or isinstance(group.axes[axis], dict):
+        return ["begin: these are rates of a tuned axis: add `tune: [lr]`, and `lr` with a list of rates to axes"]
+    known = [float(value) for value in group.axes[axis]]
+    return [f"begin: {rate:g} is not among the rates, {labels(known)}" for rate in group.begin if rate not in known]
 
 
 def _twice(seeds: Sequence[int]) -> list[int]:

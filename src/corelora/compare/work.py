@@ -16,6 +16,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from corelora.compare.known import forget_known
 from corelora.compare.standing import FAILED, LOG, UPDATES, write_failed
 from corelora.compare.study import Finalists
 from corelora.errors import CoreLoraError
@@ -45,13 +46,17 @@ class Work:
     @property
     def is_done(self) -> bool:
         """Whether nothing of it is left to do."""
-        left = self.left_updates or any(self.left_suites(final) for final in self.finals)
-        return (self.folder / "results.json").is_file() and not left
+        return (self.folder / "results.json").is_file() and not self.wants_weights
 
     def left_suites(self, final: Finalists) -> list[str]:
         """Suites, by name or path as the study has them, without a result file under the protocol that it wants."""
         made = {p.stem for p in (self.folder / "eval").glob("*.json")}
         return [suite for suite in final.suites if _result_name(suite, final.protocol) not in made]
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether something is still to be done with the run's weights."""
+        return self.left_updates or any(self.left_suites(final) for final in self.finals)
 
     @property
     def left_updates(self) -> bool:
@@ -83,6 +88,8 @@ def child(work: Work, place: Place, alive: Connection) -> None:
         alive: nothing is ever sent on it; it closes when the study's process ends, however that happens.
     """
     work.folder.mkdir(parents=True, exist_ok=True)
+    if work.wants_weights or not (work.folder / "results.json").is_file():
+        forget_known(work.folder)
     _log_to(work.folder / LOG)
     _end_with(alive)
     if place.device is not None:

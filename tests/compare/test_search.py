@@ -1,0 +1,86 @@
+"""Which rates are tried: outward from those to begin with, as far as what lies beyond may matter."""
+
+from __future__ import annotations
+
+import pytest
+
+from compare.helpers import opened, write_study
+from corelora.compare.pool import Pool
+from corelora.compare.session import Options, Session, start_study
+from corelora.errors import CoreLoraError
+
+RATES = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+GROUP = {
+    "name": "rates",
+    "axes": {"method": ["lora", "nlora"], "lr": RATES},
+    "tune": ["lr"],
+    "begin": [1e-3],
+    "set": {"rank": 4},
+}
+
+
+def walked(study, losses, monkeypatch):
+    """(rates of each method in the order in which a session made them, whether it called itself whole).
+
+    Args:
+        study: its folder.
+        losses: of (method, rate); runs without one fail.
+        monkeypatch: pytest's.
+    """
+    made = {method: [] for method in GROUP["axes"]["method"]}
+
+    def run(self, tasks, more=tuple):
+        waiting = list(tasks)
+        while waiting:
+            task = waiting.pop(0)
+            planned = session.known[task.work.folder]
+            method, rate = planned.labels["method"], planned.recipe.optim.lr
+            made[method].append(rate)
+            write(planned, study, losses.get((method, rate)))
+            waiting += more()
+
+    monkeypatch.setattr(Pool, "run", run)
+    session = Session(study, Options(), print)
+    return made, session.run()
+
+
+def write(planned, study, loss):
+    place = planned.folder(study.root)
+    place.mkdir(parents=True)
+    name, text = ("failed.json", '{"error": "nan", "kind": "other"}') if loss is None else ("results.json", "")
+    (place / name).write_text(text or f'{{"test_loss": {loss}}}')
+
+
+def test_outward_until_the_best_lies_inside(folder, tmp_path, monkeypatch):
+    """lora's best lies above; nlora fails where it begins and goes down; nothing more is run."""
+    lora = dict(zip(RATES, [0.9, 0.8, 0.7, 0.5, 0.6], strict=True))
+    nlora = dict(zip(RATES, [0.9, 0.6, None, None, None], strict=True))
+    study = opened(tmp_path, folder, [GROUP])
+    losses = {("lora", r): x for r, x in lora.items()} | {("nlora", r): x for r, x in nlora.items()}
+    made, whole = walked(study, losses, monkeypatch)
+    assert whole
+    assert made == {"lora": [1e-3, 1e-4, 1e-2, 1e-1], "nlora": [1e-3, 1e-4, 1e-5]}
+    assert {s.run.recipe.optim.lr for s in study.standings()["rates"] if s.run.labels["method"] == "lora"} == {
+        1e-4,
+        1e-3,
+        1e-2,
+        1e-1,
+    }
+
+
+def test_usable_rates_are_followed_too(folder, tmp_path, monkeypatch):
+    """The best lies inside, but the lowest tried is within 1 % of it: how far that goes is what is asked."""
+    losses = {("lora", r): x for r, x in zip(RATES, [0.8, 0.503, 0.5, 0.7, 0.9], strict=True)}
+    losses |= {("nlora", r): 0.4 + abs(r - 1e-3) for r in RATES}
+    made, _ = walked(opened(tmp_path, folder, [GROUP]), losses, monkeypatch)
+    assert made["lora"] == [1e-3, 1e-4, 1e-2, 1e-5]
+    assert made["nlora"] == [1e-3, 1e-4, 1e-2, 1e-5]
+
+
+def test_rates_to_begin_with_are_checked(folder, tmp_path):
+    """Both mistakes in the study's own words, before anything runs."""
+    with pytest.raises(CoreLoraError, match=r"begin: 0.5 is not among the rates, \['1e-05', "):
+        start_study(write_study(tmp_path / "a", folder, [{**GROUP, "begin": [0.5]}]), tmp_path / "study")
+    compared = {key: value for key, value in GROUP.items() if key != "tune"}
+    with pytest.raises(CoreLoraError, match="begin: these are rates of a tuned axis"):
+        start_study(write_study(tmp_path / "b", folder, [compared]), tmp_path / "study")
