@@ -48,6 +48,15 @@ def test_what_is_not_known_is_alone_or_a_share(folder, tmp_path):
     assert not device.has_room(Task(work=unknown[0], memory=shares[0]))
 
 
+def test_no_run_counts_for_more_than_the_share_that_the_user_gives(folder, tmp_path):
+    """Estimates are of the longest rows: who says how many run is believed, and a smaller estimate stays."""
+    device = Device(number=0, free=2 * GIB, most=4)
+    runs = works(folder, tmp_path)
+    alone = Memory([device], None).of(runs)
+    assert Memory([device], 4).of(runs) == [0.5 * GIB] * 4
+    assert Memory([gpu()], 4).of(runs) == alone
+
+
 def test_a_cpu_is_not_estimated(folder, tmp_path):
     memory = Memory([Device(number=None, free=float("inf"), most=2)], 2)
     assert memory.of(works(folder, tmp_path)) == [0.0] * 4

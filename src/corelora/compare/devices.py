@@ -42,8 +42,9 @@ class Memory:
     def of(self, works: Sequence[Work]) -> list[float | None]:
         """Bytes that each run is expected to take on a GPU; on a CPU 0, where the user says how many run.
 
-        What can't be estimated (pictures) is taken to be an even share where the user says how many run at a time; else
-        it is None, and the run is alone.
+        Where the user says how many run at a time, no run counts for more than an even share: estimates are of the
+        longest rows and can be twice what is taken. What can't be estimated (pictures) is such a share, too; where the
+        user says nothing it is None, and the run is alone.
 
         Args:
             works: the runs.
@@ -58,7 +59,11 @@ class Memory:
                 made = pool.map(estimate, new.values())
                 bar = tqdm(made, total=len(new), desc="memory", unit="setting", delay=2, leave=False)
                 self.known |= dict(zip(new, bar, strict=True))
-        return [self.share if self.known[key] is None else self.known[key] for key in keys]
+        return [self._at_most_a_share(self.known[key]) for key in keys]
+
+    def _at_most_a_share(self, taken: float | None) -> float | None:
+        given = [value for value in (taken, self.share) if value is not None]
+        return min(given, default=None)
 
 
 def estimate(recipe: Recipe) -> float | None:
