@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from corelora.adapter import CoreAdapter, Factors
 from corelora.errors import CoreLoraError
 from corelora.folding import Foldable, before_load, fold_again, unfolded_state
-from corelora.kernels.fast import fits, fused_forward, pays, suits, wanted
+from corelora.kernels.fast import fast_forward, fits, pays, suits, wanted
 from corelora.kernels.form import FormMaker
 from corelora.layers import view_of
 from corelora.loading import after_load, check_fingerprint, filled_by_file
@@ -294,11 +294,9 @@ class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             self.unfold()
         if adapter_names is None and not args and not kwargs and wanted(x):
-            maker = self._form_maker(x)
-            if maker is not None:
-                base = self._modules["base_layer"]
-                assert base is not None
-                return fused_forward(x, base, maker)
+            fused = fast_forward(self, x)
+            if fused is not None:
+                return fused
         if self.disable_adapters or (adapter_names is not None and self.merged):
             if self.merged:
                 self.unmerge()
@@ -320,7 +318,7 @@ class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
         """Drop what the fused path keeps between forward passes: values that it was made from have changed."""
         self._makers.clear()
 
-    def _form_maker(self, x: Tensor) -> FormMaker | None:
+    def form_maker(self, x: Tensor) -> FormMaker | None:
         """What the fused operation needs for this forward pass (kernels/fast.py), None where it does not apply.
 
         Runs in every forward pass of every layer, where the host must keep ahead of a GPU: attributes are read from

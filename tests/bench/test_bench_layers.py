@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-import corelora.tuner_layer
 from corelora.bench.layers import PASSES, LayersBench, LayersRequest, layer_shapes, overall
 from corelora.cli import main
 from corelora.errors import CoreLoraError
+from corelora.kernels import fast
 from corelora.registry import METHODS
+from corelora.tuner_layer import CoreLoraLayer
 
 SMALL = {"model": "tiny", "r": 4, "k": 2, "rounds": 1, "steps": 2, "warmup": 1, "device": "cpu"}
 
@@ -48,8 +49,8 @@ def test_every_method_on_every_shape():
 def test_both_paths_are_taken(monkeypatch):
     """As often the fused one as the other, on three shapes, in both passes."""
     calls = {"fused": 0, "plain": 0}
-    layer = corelora.tuner_layer.CoreLoraLayer
-    fused, plain = corelora.tuner_layer.fused_forward, layer.adapter_output
+    layer = CoreLoraLayer
+    fused, plain = fast.fused_forward, layer.adapter_output
 
     def counted(path, work):
         def call(*args):
@@ -58,7 +59,7 @@ def test_both_paths_are_taken(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(corelora.tuner_layer, "fused_forward", counted("fused", fused))
+    monkeypatch.setattr(fast, "fused_forward", counted("fused", fused))
     monkeypatch.setattr(layer, "adapter_output", counted("plain", plain))
     bench(names=("slora",)).run(nothing)
     # 3 shapes, 2 passes, 3 turns, an untimed pass and 32 // 3 timed; auto takes the fused one where nothing learns

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 
-import corelora.tuner_layer
 from corelora.bench import peers
 from corelora.bench.measure import Device, Spread
 from corelora.bench.peers import BASE, PEERS, Ranks, find_peer, fuse_projections, lora_config
@@ -21,6 +20,7 @@ from corelora.cli import main
 from corelora.commands.bench import names_of
 from corelora.errors import CoreLoraError
 from corelora.exportcheck import shared_copy
+from corelora.kernels import fast
 from corelora.registry import METHODS
 
 SMALL = {"model": "tiny", "batches": (2,), "length": 8, "r": 4, "k": 2, "dtype": "float32", "device": "cpu"}
@@ -121,9 +121,9 @@ def test_a_step_trains():
 
 def test_paths_are_what_they_say(monkeypatch):
     """NAME takes the fused path in every adapted layer, NAME:reference in none, and the mode is put back."""
-    calls, mode = [], corelora.kernels.fast._mode
-    fused = corelora.tuner_layer.fused_forward
-    monkeypatch.setattr(corelora.tuner_layer, "fused_forward", lambda *a: calls.append(1) or fused(*a))
+    calls, mode = [], fast._mode
+    fused = fast.fused_forward
+    monkeypatch.setattr(fast, "fused_forward", lambda *a: calls.append(1) or fused(*a))
     for name, expected in (("nora", 14), ("nora:reference", 0), ("peft_lora", 0)):
         measured = bench(names=(name,))
         calls.clear()
@@ -131,7 +131,7 @@ def test_paths_are_what_they_say(monkeypatch):
         with variant.peer.running("cpu", torch.float32):
             variant.step(measured.ids)
         assert len(calls) == expected, name
-    assert corelora.kernels.fast._mode == mode
+    assert fast._mode == mode
 
 
 def test_gradient_checkpointing_reaches_every_variant():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import corelora
-import corelora.tuner_layer
+from corelora.kernels import fast
 from corelora.kernels.fast import CPU_ROWS, set_fast
 from fused.test_core_linear import CASES, _close, _grads, _layer, _restore_modes  # noqa: F401
 
@@ -18,8 +18,8 @@ ROWS = [(CPU_ROWS, 37), (2, CPU_ROWS, 37), (3, 37), (0, 37), (2, 0, 37)]
 def fused(monkeypatch):
     """How often the fused path is taken, counted."""
     calls = []
-    work = corelora.tuner_layer.fused_forward
-    monkeypatch.setattr(corelora.tuner_layer, "fused_forward", lambda *args: calls.append(1) or work(*args))
+    work = fast.fused_forward
+    monkeypatch.setattr(fast, "fused_forward", lambda *args: calls.append(1) or work(*args))
     return calls
 
 

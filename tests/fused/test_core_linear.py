@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import corelora
-from corelora import CoreLoraConfig, tuner_layer
-from corelora.kernels import products
+from corelora import CoreLoraConfig
+from corelora.kernels import fast, products
 from corelora.kernels.core_linear import linear_op
 from corelora.kernels.fast import fused_forward, set_fast, suits
 from corelora.kernels.form import FormMaker
@@ -113,8 +113,8 @@ def test_under_autocast(method, types, narrow, monkeypatch):
     for factor in layer.parameters():
         factor.data = factor.data.float() if factor.requires_grad else factor.data
     x = torch.randn(4, 37, dtype=given, requires_grad=True)
-    taken, path = [], tuner_layer.fused_forward
-    monkeypatch.setattr(tuner_layer, "fused_forward", lambda *args: taken.append(1) or path(*args))
+    taken, path = [], fast.fused_forward
+    monkeypatch.setattr(fast, "fused_forward", lambda *args: taken.append(1) or path(*args))
     made = {}
     for mode in ("off", "on"):
         set_fast(mode)
@@ -139,7 +139,7 @@ def test_autocast_leaves_float64_alone():
 def test_a_cpu_under_autocast_keeps_the_plain_path(monkeypatch):
     """There W is made narrow each time, which costs more than anything that is saved."""
     layer = _layer("nlora", "default", {}, torch.float32)
-    monkeypatch.setattr(tuner_layer, "fused_forward", lambda *args: pytest.fail("the fused path was taken"))
+    monkeypatch.setattr(fast, "fused_forward", lambda *args: pytest.fail("the fused path was taken"))
     set_fast("auto")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(200, 37, requires_grad=True))

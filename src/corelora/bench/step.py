@@ -30,6 +30,7 @@ from corelora.tuner_layer import CoreLoraLayer
 _OTHERS = ("peft_lora", "peft_lora_fp32", "peft_dora", "liger")
 DEFAULT_NAMES = (BASE, *_OTHERS, "inttune", "nora", "lora", "slora", "nlora", "nlora:folded")
 MODES = {"off": (False,), "on": (True,), "both": (False, True)}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 RATE = 1e-5
 Cell = tuple[str, bool, int]  # name, compiled, batch
 
@@ -48,6 +49,7 @@ class StepRequest:
         dtype: of the base and the adapters.
         checkpointing: with gradient checkpointing (not reentrant).
         compile: "off", "on" or "both".
+        compile_mode: torch.compile's, of COMPILE_MODES; with "reduce-overhead" the host launches whole graphs.
         rounds: visits of each variant.
         steps: timed steps in a visit.
         warmup: steps before them.
@@ -64,6 +66,7 @@ class StepRequest:
     dtype: str = "bfloat16"
     checkpointing: bool = False
     compile: str = "off"
+    compile_mode: str = "default"
     rounds: int = 2
     steps: int = 10
     warmup: int = 3
@@ -71,7 +74,11 @@ class StepRequest:
 
     def __post_init__(self) -> None:
         problems = [_problem_of(name) for name in self.names]
-        for kind, value, known in (("dtype", self.dtype, DTYPES), ("compile mode", self.compile, MODES)):
+        for kind, value, known in (
+            ("dtype", self.dtype, DTYPES),
+            ("value of compile", self.compile, MODES),
+            ("compile mode", self.compile_mode, COMPILE_MODES),
+        ):
             problems.append(None if value in known else unknown_name(kind, value, known))
         numbers = {k: getattr(self, k) for k in ("length", "r", "k", "rounds", "steps")}
         numbers |= {f"batch {b!r}": b for b in self.batches} | ({} if self.layers is None else {"layers": self.layers})
@@ -196,7 +203,7 @@ class StepBench:
         if request.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if compiled:
-            model.compile(dynamic=False)
+            model.compile(dynamic=False, mode=request.compile_mode)
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=RATE, fused=self.device.is_gpu) if learning else None
         shared = {id(t) for t in (*self.base.parameters(), *self.base.buffers())}

@@ -24,9 +24,11 @@ def step_tables(results: Iterable[dict[str, Any]], run: dict[str, Any]) -> list[
     request = run["request"]
     extra = ", gradient checkpointing" if request["checkpointing"] else ""
     what = f"one training step of {shape_of(request)}, {request['length']} tokens{extra}; {machine(run)}"
+    mode = request.get("compile_mode", "default")
+    compiler = "torch.compile" + ("" if mode == "default" else f" in its mode {mode}")
     ordered = sorted(results, key=lambda r: (r["compiled"], r["batch"]))  # stable: variants keep their order
     return [
-        (f"{what}; batch {batch}, {'torch.compile' if compiled else 'eager'}", *_step_cells(list(rows), compiled))
+        (f"{what}; batch {batch}, {compiler if compiled else 'eager'}", *_step_cells(list(rows), compiled))
         for (compiled, batch), rows in groupby(ordered, key=lambda r: (r["compiled"], r["batch"]))
     ]
 

@@ -17,7 +17,7 @@ from corelora.bench.serve import ServeBench, ServeRequest
 from corelora.bench.shapes import DTYPES, SHAPES
 from corelora.bench.starts import DEFAULT_NAMES as START_NAMES
 from corelora.bench.starts import StartBench, StartRequest
-from corelora.bench.step import DEFAULT_NAMES, MODES, StepBench, StepRequest
+from corelora.bench.step import COMPILE_MODES, DEFAULT_NAMES, MODES, StepBench, StepRequest
 from corelora.bench.tables import Table, layers_tables, number, serve_tables, start_tables, step_tables
 from corelora.commands.output import table
 from corelora.registry import METHODS
@@ -70,13 +70,15 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=512, help="tokens in a sequence (%(default)s)")
     add("--checkpointing", action="store_true", help="with gradient checkpointing")
     add("--compile", default="off", choices=list(MODES), help="torch.compile (%(default)s)")
+    add("--compile-mode", default="default", choices=COMPILE_MODES, help="torch.compile's mode (%(default)s)")
     add("--steps", type=int, default=10, help="timed steps in a visit (%(default)s)")
     add("--warmup", type=int, default=3, help="steps before them (%(default)s)")
     parser.set_defaults(bench=_step)
 
 
 def _step(arguments: argparse.Namespace) -> int:
-    own = {key: getattr(arguments, key) for key in ("length", "checkpointing", "compile", "steps", "warmup")}
+    names = ("length", "checkpointing", "compile", "compile_mode", "steps", "warmup")
+    own = {key: getattr(arguments, key) for key in names}
     bench = StepBench(StepRequest(**_common(arguments), batches=tuple(arguments.batch), **own))
     results = _measured(bench, arguments.json)
     _print(step_tables(results, bench.describe()))

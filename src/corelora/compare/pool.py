@@ -110,10 +110,9 @@ class Pool:
             try:
                 while waiting or any(d.running for d in self.devices):
                     self._fill(waiting)
-                    if self._collect(waiting, bar):
-                        new = more()
-                        waiting[:0] = new  # first: so that what was begun becomes whole
-                        bar.total = (bar.total or 0) + len(new)
+                    new = more() if self._collect(waiting, bar) else ()
+                    waiting[:0] = new  # first: so that what was begun becomes whole
+                    bar.total = (bar.total or 0) + len(new)
                     time.sleep(POLL)
             finally:
                 self._end_all()

@@ -13,6 +13,7 @@ every small product, F is saved too where L learns, and G may stay the two matri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,12 @@ def _in_type(chain: Chain, dtype: torch.dtype) -> Chain:
     return chain
 
 
-def _read_side(R: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
+def read_side(R: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
     """The reading side, in the type of the features."""
     return Side(R if R is None or R.dtype == dtype else R.to(dtype), layout.rows, layout.row_index)
 
 
-def _write_side(L: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
+def write_side(L: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
     """The writing side, likewise."""
     if L is not None:
         L = (L if L.dtype == dtype else L.to(dtype)).t()
@@ -48,7 +49,7 @@ def run_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """(y[..., o], [U[T,p], ..., F[T,q]]) as `apply_form` gives them."""
     dtype = x.dtype
-    read, write = _read_side(R, layout, dtype), _write_side(L, layout, dtype)
+    read, write = read_side(R, layout, dtype), write_side(L, layout, dtype)
     small = Small(_in_type(chain, dtype), layout.scale)
     if x.dim() == 2:
         return apply_form(x, W, bias, read, write, small)
@@ -78,7 +79,7 @@ def run_backward(
     of dy before and between the matrices of G^T, from which G's gradient follows."""
     W, R, L, dtype = saved.W, saved.R, saved.L, dy.dtype
     flat = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
-    read, write = _read_side(R, saved.layout, dtype), _write_side(L, saved.layout, dtype)
+    read, write = read_side(R, saved.layout, dtype), write_side(L, saved.layout, dtype)
     chain, scale = _in_type(saved.chain, dtype), saved.layout.scale
     small = Small(tuple([matrix.t() for matrix in reversed(chain)]), scale)
     dx = dR = dL = None
@@ -173,7 +174,22 @@ def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor
     return _CoreLinear.apply(x, W, bias, R, L, C, D, maker)
 
 
-@torch.library.custom_op("corelora::linear", mutates_args=())
+def _operation(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as an operation that compiled graphs hold as one node.
+
+    `torch.library.custom_op` would look at every call for what the schema promises already, which takes the host as
+    long as two products.
+    """
+
+    def define(run: Callable[..., Any]) -> Any:
+        torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
+        torch.library.impl(name, "default", run)
+        return getattr(torch.ops.corelora, name.partition("::")[2]).default
+
+    return define
+
+
+@_operation("corelora::linear")
 def linear_op(
     x: Tensor,
     W: Tensor,
@@ -193,14 +209,14 @@ def linear_op(
     return y, features[0]
 
 
-@linear_op.register_fake
+@torch.library.register_fake("corelora::linear")
 def _(x, W, bias, R, L, G, rows, row_index, cols, col_index, scale):
     y = x.new_empty(*x.shape[:-1], W.shape[0])
     T, p = x.numel() // x.shape[-1], (0 if R is None else R.shape[0]) + rows
     return y, x.new_empty(T, p)
 
 
-@torch.library.custom_op("corelora::linear_backward", mutates_args=())
+@_operation("corelora::linear_backward")
 def linear_backward_op(
     dy: Tensor,
     x: Tensor | None,
@@ -223,7 +239,7 @@ def linear_backward_op(
     return [dy.new_empty(0) if g is None else g for g in grads]
 
 
-@linear_backward_op.register_fake
+@torch.library.register_fake("corelora::linear_backward")
 def _(dy, x, W, R, L, G, U, rows, row_index, cols, col_index, scale, needs):
     made = [dy.new_empty(*dy.shape[:-1], W.shape[1]) if needs[0] else dy.new_empty(0)]
     for wanted, like in zip(needs[1:], (R, L, G), strict=True):
@@ -249,4 +265,4 @@ def _backward(ctx, dy, _):
     return dx, None, None, dR, dL, dG, None, None, None, None, None
 
 
-linear_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("corelora::linear", _backward, setup_context=_setup)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from corelora.adapter import CoreAdapter
 from corelora.kernels.core_linear import core_linear
 from corelora.kernels.form import FormMaker, is_serial
+from corelora.kernels.siblings import Layer, taken, together
 from corelora.layers import LinearView, View
 
 _mode = "auto"
@@ -93,6 +94,23 @@ def fits(base: nn.Module, x: Tensor) -> bool:
 def _is_cast(x: Tensor, weight: Tensor) -> bool:
     """Whether autocast brings both to one type; float64 is left as it is."""
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+
+
+def fast_forward(layer: Layer, x: Tensor) -> Tensor | None:
+    """A layer's output by the fused path, alone or with the layers that read the same input; None where it has none.
+
+    Args:
+        layer: adapted.
+        x: [..., i], one for which the path is `wanted`.
+    """
+    y = taken(layer, x)
+    if y is not None:
+        return y
+    maker, base = layer.form_maker(x), layer._modules["base_layer"]
+    if maker is None or base is None:
+        return None
+    y = together(layer, x)
+    return fused_forward(x, base, maker) if y is None else y
 
 
 def fused_forward(x: Tensor, base: nn.Module, maker: FormMaker) -> Tensor:

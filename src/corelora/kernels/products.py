@@ -133,8 +133,19 @@ def apply_form(
     """
     if choose_order(W.shape[0], x.shape[1], read, write, x) is Order.AFTER:
         return _after(x, W, bias, read, write, small)
-    U = x @ read.rows(W).t()
-    if not _edits(x, write, small):
+    return write_form(x, W, bias, x @ read.rows(W).t(), write, small)
+
+
+def write_form(
+    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, write: Side, small: Small
+) -> tuple[Tensor, list[Tensor]]:
+    """The same from U = Rf x on, in the order BEFORE.
+
+    Args:
+        x, W, bias, write, small: as in `apply_form`.
+        U: [T,p].
+    """
+    if not edits(x, write, bool(small.chain)):
         features = through(U, small.chain)
         y = scaled_product(features[-1], write.rows(W.t()), small.scale)
         if bias is not None:
@@ -158,9 +169,15 @@ def apply_form(
     return y, features
 
 
-def _edits(x: Tensor, write: Side, small: Small) -> bool:
-    """Whether columns of W write by an edit; beside a stored L the last matrix of G must be there to be split."""
-    return write.count > 0 and can_edit(x) and (write.stored is None or bool(small.chain))
+def edits(x: Tensor, write: Side, has_chain: bool) -> bool:
+    """Whether columns of W write by an edit of x; beside a stored L the last matrix of G must be there to be split.
+
+    Args:
+        x: [T,i].
+        write: columns of Lf, as rows.
+        has_chain: whether there is a G.
+    """
+    return write.count > 0 and can_edit(x) and (write.stored is None or has_chain)
 
 
 def _after(
