@@ -92,5 +92,17 @@ def test_the_command_makes_nothing_that_is_known(folder, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "2 finished runs taken" in err
     assert "0.5000" in out
+    assert (tmp_path / "there" / "runs.jsonl").read_text() == file.read_text()
     name = study.first["g"][0].name
     assert json.loads((tmp_path / "there" / "runs" / name / KNOWN).read_text()) == {"run": name}
+
+
+def test_no_run_begins_when_time_is_up(folder, tmp_path, capsys):
+    """The command says so, and how to go on; a time that is none is refused."""
+    path = write_study(tmp_path / "file", folder, [GROUP])
+    words = ["compare", str(path), "--output", str(tmp_path / "study")]
+    assert main([*words, "--minutes", "1e-9"]) == 0
+    assert "Time is up; runs are still missing. Go on with: corelora compare" in capsys.readouterr().out
+    assert not list((tmp_path / "study").glob("runs/*"))
+    assert main([*words, "--minutes", "0"]) != 0
+    assert "more than 0 is expected" in capsys.readouterr().err

@@ -126,11 +126,11 @@ def test_groups_are_made_one_after_the_other(folder, tmp_path, monkeypatch):
     groups = [{**GROUP, "name": "small", "set": {"rank": 2}}, {**GROUP, "name": "large", "set": {"rank": 8}}]
     study = opened(tmp_path, folder, groups)
     made = []
-    monkeypatch.setattr("corelora.compare.session.Pool.run", lambda self, tasks: made.extend(tasks))
+    monkeypatch.setattr("corelora.compare.session.Pool.run", lambda self, tasks, more: made.extend(tasks))
     memory = {2: 1.0, 8: 5.0}
     monkeypatch.setattr(
-        "corelora.compare.session.expected_memory",
-        lambda works, devices, jobs: [memory[w.recipe.method["r"]] for w in works],
+        "corelora.compare.session.Memory.of",
+        lambda self, works: [memory[w.recipe.method["r"]] for w in works],
     )
     Session(study, Options(), print).run()
     assert [task.memory for task in made] == [1.0] * 6 + [5.0] * 6

@@ -273,3 +273,27 @@ def test_values_that_are_loaded_replace_what_the_path_keeps():
     _close(layer(x), expected, torch.float32)
     set_fast("on")
     _close(layer(x), expected, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "nora"])
+def test_compiled_code_keeps_no_tensor(method):
+    """With CUDA graphs (mode reduce-overhead) what a graph makes is written over by its next launch."""
+    torch._dynamo.reset()
+    layer = _layer(method, "default", {}, torch.float32)
+    set_fast("on")
+    x = torch.randn(4, 37, requires_grad=True)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    maker = layer._makers["default"]
+    kept = [name for name, value in vars(maker).items() if isinstance(value, Tensor)]
+    assert kept == []
+    y = layer(x)  # eager passes keep theirs
+    assert torch.isfinite(y).all()
+
+
+def test_outside_of_transforms_the_function_is_applied_directly():
+    """And within them as torch does it: what functorch can't go through is refused by itself."""
+    layer = _layer("slora", "default", {}, torch.float32)
+    set_fast("on")
+    x = torch.randn(4, 37)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda t: layer(t).sum())(x)

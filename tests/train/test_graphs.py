@@ -15,10 +15,14 @@ from train.helpers import make_recipe
 
 
 class Replayed:
-    """What a graph does, without a GPU: the same function again on the same tensors; it counts, and can fail."""
+    """What a graph does, without a GPU: the same function again on the same tensors; it counts, and can fail.
+
+    As a graph, it writes gradients where they were when it was recorded, and touches no parameter's `grad` itself.
+    """
 
     def __init__(self, error: str | None = None) -> None:
         self.runs, self.records, self.replays, self.error = 0, 0, 0, error
+        self.parameters = []
 
     def run(self, function):
         self.runs += 1
@@ -29,9 +33,25 @@ class Replayed:
         if self.error:
             raise RuntimeError(self.error)
 
+        before = [p.grad for p in self.parameters]
+        kept = [None if g is None else g.clone() for g in before]
+        function()  # a recording runs nothing on the device: what it adds to gradients is taken back
+        static = [p.grad for p in self.parameters]
+        for gradient, old in zip(before, kept, strict=True):
+            if gradient is not None:
+                gradient.copy_(old)
+
         def again():
             self.replays += 1
-            return function()
+            now = [p.grad for p in self.parameters]
+            for p, was, place in zip(self.parameters, before, static, strict=True):
+                p.grad = None if was is None else place
+            loss = function()
+            for p, place, own in zip(self.parameters, static, now, strict=True):
+                if p.grad is not None and p.grad is not place:
+                    place.copy_(p.grad)
+                p.grad = own
+            return loss
 
         return again
 
@@ -41,6 +61,13 @@ def recorder(monkeypatch):
     """Runs believe that there is a GPU to record on."""
     made = Replayed()
     monkeypatch.setattr(graphs, "CudaRecorder", lambda: made)
+    begin = StepGraphs.__init__
+
+    def knowing(self, model, recorder):
+        begin(self, model, recorder)
+        made.parameters = self.parameters
+
+    monkeypatch.setattr(StepGraphs, "__init__", knowing)
     for module in (graphs, dry_run):
         monkeypatch.setattr(module, "graph_problems", lambda recipe: [])
     return made
@@ -66,6 +93,7 @@ def test_gradients_add_up_whatever_was_recorded():
     model, recorder = nn.Linear(3, 3), Replayed()
     frozen = nn.Linear(3, 3).requires_grad_(False)
     run = StepGraphs(nn.ModuleList([model, frozen]), recorder)
+    recorder.parameters = run.parameters
     for update in range(4):
         batches = [batch(rows, 10 * update + n) for n, rows in enumerate((2, 5, 2, 1 + update))]
         items = torch.tensor(7 + update)
@@ -78,7 +106,31 @@ def test_gradients_add_up_whatever_was_recorded():
         for parameter, gradient in zip(model.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
     assert all(p.grad is None for p in frozen.parameters())
-    assert (recorder.runs, recorder.records, recorder.replays) == (5, 2, 11)
+    # Shape 2: first of an update with no gradients there, third with some; the others follow gradients.
+    assert (recorder.runs, recorder.records, recorder.replays) == (5, 3, 11)
+
+
+def test_a_graph_makes_gradients_where_none_are():
+    """They are its own tensors, the same in every step, and hold the step's gradients and no older ones."""
+    torch.manual_seed(0)
+    model, recorder = nn.Linear(3, 3), Replayed()
+    run = StepGraphs(model, recorder)
+    recorder.parameters = run.parameters
+    places = set()
+    for step in range(4):
+        given = batch(2, step)
+        model.zero_grad(set_to_none=True)
+        passes_of(model)(given, None)
+        wanted = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        run(passes_of(model), given, None, 1)
+        for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        if step:
+            places.add(tuple(p.grad.data_ptr() for p in model.parameters()))
+    assert (recorder.runs, recorder.records, recorder.replays, len(places)) == (1, 1, 3, 1)
+    run.forget()
+    assert run._recorded == {}
 
 
 def test_what_else_a_step_depends_on_gets_a_graph_of_its_own():
@@ -110,7 +162,7 @@ def test_a_run_is_the_same_run(folder, tmp_path, recorder, method):
 
 def test_a_replay_runs_no_python(folder, tmp_path, recorder, monkeypatch):
     """Whatever a step does beside the passes is done outside of them: here the losses that are logged."""
-    monkeypatch.setattr(recorder, "record", lambda function: lambda: torch.tensor(3.0))
+    monkeypatch.setattr(recorder, "record", lambda function: (function(), lambda: torch.tensor(3.0))[1])
     train(make_recipe(folder, loop={"graphs": "on", "log_every": 1}), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows if "loss" in row][1:] == [3.0] * 5

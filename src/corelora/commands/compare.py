@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", action="append", default=[], metavar="FOLDER|TASK=PATH", help="local rows for the finalists' suites")
     add("--known", action="append", default=[], metavar="FILE", help="finished runs of other folders: a runs.jsonl")
     add("--jobs", type=int, metavar="N", help="runs at a time on each GPU (as many as fit) or on the CPU (1)")
+    add("--minutes", type=float, metavar="N", help="begin no run after so many minutes; those that run are finished")
     add("--retry", action="store_true", help="make failed runs again")
     add("--shard", metavar="I/N", help="only every N-th run, beginning with the I-th from 0: one job of an array")
     add("--keep-models", action="store_true", help="keep the weights of full fine-tuning, one model a run")
@@ -37,19 +38,22 @@ def run(arguments: argparse.Namespace) -> int:
         CoreLoraError: packages that are missing; anything wrong with the study; another process runs it.
     """
     try:  # here, so that the other commands need none of its packages, nor the time to import them
-        from corelora.compare.known import take_known
+        from corelora.compare.known import keep_runs, take_known
         from corelora.compare.session import Options, check_study, run_study, start_study
         from corelora.compare.tables import leaders_text, list_text, study_data
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"studies need {error.name}. Install: pip install corelora[train,compare]") from None
     if arguments.jobs is not None and arguments.jobs < 1:
         raise CoreLoraError(f"--jobs {arguments.jobs}: at least 1 is expected")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise CoreLoraError(f"--minutes {arguments.minutes:g}: more than 0 is expected")
     path = Path(arguments.study)
     options = Options(
         jobs=arguments.jobs,
         retry=arguments.retry,
         shard=_shard(arguments.shard),
         keep_models=arguments.keep_models,
+        minutes=arguments.minutes,
     )
     output = Path(arguments.output or STUDIES / path.stem)
     folder = start_study(path, output, arguments.set, arguments.data)
@@ -64,12 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
         taken = take_known(output, [Path(file) for file in arguments.known])
         print(f"{taken} finished runs taken from {', '.join(arguments.known)}", file=sys.stderr)
     whole = run_study(folder, options, (lambda text: None) if arguments.json else print)
+    keep_runs(folder)
     if arguments.json:
         print_json(study_data(folder))
         return 0
     print(f"\n{leaders_text(folder)}")
     if not whole:
-        print("\nThis shard is done; runs of others are still missing. When all are: the same command without --shard")
+        why = "This shard is done; runs of others" if arguments.shard else "Time is up; runs"
+        print(f"\n{why} are still missing. Go on with: {folder.command}")
         return 0
     print(f"\nNext: corelora report {folder.root}")
     return 0

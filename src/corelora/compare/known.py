@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from corelora.compare.folder import StudyFolder
 from corelora.compare.standing import FAILED, UPDATES, Standing
 from corelora.errors import CoreLoraError, raise_all
 from corelora.train.folder import write_json, write_text
@@ -31,6 +32,21 @@ def runs_text(runs: Sequence[Standing]) -> str:
         runs: of a study, each once.
     """
     return "".join(json.dumps(_line(run)) + "\n" for run in runs if run.state != "missing")
+
+
+def keep_runs(folder: StudyFolder) -> Path:
+    """Write a study's runs.jsonl.
+
+    Args:
+        folder: the study's.
+
+    Returns:
+        The file's path.
+    """
+    runs = {run.folder: run for own in folder.standings().values() for run in own}
+    path = folder.root / RUNS
+    write_text(path, runs_text(list(runs.values())))
+    return path
 
 
 def _line(run: Standing) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
-from corelora.compare.known import RUNS, runs_text
+from corelora.compare.known import keep_runs
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 from corelora.compare.tables import answer_rows, csv_text, failures, group_leaders, leader_rows, markdown, summary
@@ -31,12 +31,11 @@ def report_study(folder: StudyFolder) -> list[Path]:
     Returns:
         Their paths.
     """
-    paths = [folder.root / name for name in ("report.html", "report.md", "runs.csv", RUNS)]
-    runs = list({s.folder: s for own in folder.standings().values() for s in own}.values())
-    texts = [page_html(folder), markdown(folder), csv_text(folder), runs_text(runs)]
+    paths = [folder.root / name for name in ("report.html", "report.md", "runs.csv")]
+    texts = [page_html(folder), markdown(folder), csv_text(folder)]
     for path, text in zip(paths, texts, strict=True):
         write_text(path, text)
-    return paths
+    return [*paths, keep_runs(folder)]
 
 
 def page_html(folder: StudyFolder) -> str:

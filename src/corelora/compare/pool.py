@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import multiprocessing
 import os
 import sys
@@ -88,10 +89,11 @@ class Pool:
     Args:
         devices: where.
         say: takes one line for each run that ended.
+        until: no run begins after this moment of `time.monotonic()`; those that run are finished.
     """
 
-    def __init__(self, devices: Sequence[Device], say: Callable[[Task], None]) -> None:
-        self.devices, self.say = list(devices), say
+    def __init__(self, devices: Sequence[Device], say: Callable[[Task], None], until: float = math.inf) -> None:
+        self.devices, self.say, self.until = list(devices), say, until
         self.margin = 1.0  # over what is expected of each run
         self.threads = max(1, (os.cpu_count() or 1) // sum(d.most for d in self.devices))
         self.context = process_context()
@@ -108,7 +110,7 @@ class Pool:
         waiting = list(tasks)
         with tqdm(total=len(waiting), desc="study", unit="run", dynamic_ncols=True) as bar:
             try:
-                while waiting or any(d.running for d in self.devices):
+                while (waiting and time.monotonic() < self.until) or any(d.running for d in self.devices):
                     self._fill(waiting)
                     new = more() if self._collect(waiting, bar) else ()
                     waiting[:0] = new  # first: so that what was begun becomes whole
@@ -134,7 +136,7 @@ class Pool:
         return over
 
     def _fill(self, waiting: list[Task]) -> None:
-        for device in self.devices:
+        for device in self.devices if time.monotonic() < self.until else ():
             while task := next((t for t in waiting if device.has_room(t, self.margin)), None):
                 waiting.remove(task)
                 self._start(device, task)

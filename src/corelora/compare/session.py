@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +32,14 @@ class Options:
         retry: make failed runs again.
         shard: (n, of): only every `of`-th run, beginning with the n-th, for arrays of jobs on a cluster.
         keep_models: keep the weights of fully fine-tuned models.
+        minutes: begin no run after so many; None: go on to the end.
     """
 
     jobs: int | None = None
     retry: bool = False
     shard: tuple[int, int] | None = None
     keep_models: bool = False
+    minutes: float | None = None
 
 
 class Session:
@@ -52,6 +56,7 @@ class Session:
         self.study, self.root = folder.study, folder.root
         self.known: dict[Path, Planned] = {}  # by folder, for what is said when a run ends
         self.retried: set[Path] = set()
+        self.until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
         # By their places among all that may be asked for, shards that begin at different times share runs alike.
         self.places = {name: n for n, name in enumerate(run.name for run in planned_runs(folder))}
 
@@ -93,7 +98,7 @@ class Session:
         self.say(f"{len(todo)} of {len(self._works(wanted()))} runs to make, in {self.root}")
         devices = find_devices(self.options.jobs)
         memory = Memory(devices, self.options.jobs)
-        Pool(devices, self._tell).run(self._tasks(todo, memory), lambda: self._tasks(more(), memory))
+        Pool(devices, self._tell, self.until).run(self._tasks(todo, memory), lambda: self._tasks(more(), memory))
 
     def _tasks(self, works: Sequence[Work], memory: Memory) -> list[Task]:
         """Works with what they take, group by group, so that a study that is cut off has whole ones.

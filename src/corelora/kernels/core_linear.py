@@ -120,6 +120,12 @@ def _prepared(form: Form, cpu: bool, dtype: torch.dtype) -> tuple[Tensor | None,
     return R, L, _in_type(maker.chain(C, D), dtype), maker.cpu_layout
 
 
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its search through all arguments for functorch's wrappers, of which there are none where
+    no transform of functorch's is active. For a small model the search costs the host as much as a product."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 class _CoreLinear(torch.autograd.Function):
     """The eager face: an autograd function costs the host far less than a registered operation."""
 
@@ -140,6 +146,9 @@ class _CoreLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         # A second derivative would miss what goes through the features: it is refused, not wrong.
         return once_differentiable(_gradients)(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+
+
+_apply_core_linear = direct_apply(_CoreLinear)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,7 +180,9 @@ def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor
     if not torch.is_grad_enabled():
         R, L, chain, layout = _prepared(form, on_cpu(x), x.dtype)
         return run_forward(x, W, bias, R, L, chain, layout)[0]
-    return _CoreLinear.apply(x, W, bias, R, L, C, D, maker)
+    transformed = torch._C._are_functorch_transforms_active()
+    apply = _CoreLinear.apply if transformed else _apply_core_linear
+    return apply(x, W, bias, R, L, C, D, maker)
 
 
 def _operation(name: str) -> Callable[[Callable[..., Any]], Any]:

@@ -109,7 +109,7 @@ def fast_forward(layer: Layer, x: Tensor) -> Tensor | None:
     maker, base = layer.form_maker(x), layer._modules["base_layer"]
     if maker is None or base is None:
         return None
-    y = together(layer, x)
+    y = together(layer, x, maker)
     return fused_forward(x, base, maker) if y is None else y
 
 

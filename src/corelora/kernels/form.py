@@ -225,7 +225,9 @@ class FormMaker:
             assert start is not None
             start, r = start.to(C), self.core.spec.r
             G = self._in_blocks(start, torch.zeros_like(start)) * self._scaling(C)
-            constant = self._constant = G.detach().view(self.blocks[0], r, self.blocks[1], r)
+            constant = G.detach().view(self.blocks[0], r, self.blocks[1], r)
+            if not torch.compiler.is_compiling():  # a graph's own tensor is written over by its next launch
+                self._constant = constant
         return constant
 
     def _middle_matrices(self) -> tuple[Tensor | None, Tensor | None]:
@@ -264,11 +266,14 @@ class FormMaker:
     def _scaling(self, like: Tensor | None) -> Tensor:
         """[q,p]: what each entry of G is multiplied by; ones where nothing is."""
         assert like is not None
-        if self._weights is None or self._weights.device != like.device or self._weights.dtype != like.dtype:
+        weights = self._weights
+        if weights is None or weights.device != like.device or weights.dtype != like.dtype:
             left = torch.cat([self._side_scaling(self.B, part, like) for part in self.b_parts])
             right = torch.cat([self._side_scaling(self.A, part, like) for part in self.a_parts])
-            self._weights = (self.scale * left[:, None] * right).to(like.dtype)
-        return self._weights
+            weights = (self.scale * left[:, None] * right).to(like.dtype)
+            if not torch.compiler.is_compiling():  # as above
+                self._weights = weights
+        return weights
 
     def _transforms(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """[r] each: the scalings of the slices that write and read; None where there is none."""

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corelora.kernels.core_linear import read_side, write_side
+from corelora.kernels.core_linear import direct_apply, read_side, write_side
 from corelora.kernels.edit import add_columns, put_back
-from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu
+from corelora.kernels.form import Form, FormMaker, Layout, on_cpu, scaled_product
 from corelora.kernels.products import Order, Side, Small, apply_form, choose_order, edits, through, write_form
 
 
@@ -49,7 +49,9 @@ class Member:
     Attributes:
         W: [o,i].
         bias: [o] or None.
-        R, L, chain, layout: as in core_linear.py.
+        R, L: as in core_linear.py, in their own types.
+        small: G, in the type of the features.
+        layout: as in core_linear.py.
         needs_R, needs_L: whether they learn.
     """
 
@@ -57,36 +59,53 @@ class Member:
     bias: Tensor | None
     R: Tensor | None
     L: Tensor | None
-    chain: Chain
+    small: Small
     layout: Layout
-    needs_R: bool = False
-    needs_L: bool = False
-
-    def small(self, dtype: torch.dtype) -> Small:
-        """G, in the type of the features."""
-        return Small(tuple([g if g.dtype == dtype else g.to(dtype) for g in self.chain]), self.layout.scale)
-
-    def sides(self, dtype: torch.dtype) -> tuple[Side, Side]:
-        """(what reads, what writes), likewise."""
-        return read_side(self.R, self.layout, dtype), write_side(self.L, self.layout, dtype)
+    needs_R: bool
+    needs_L: bool
 
 
 def forward_all(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], list[Tensor]]:
     """([y[T,o], ...], [U[T,p], ...]) for x[T,i]."""
-    sides = [member.sides(x.dtype) for member in members]
-    orders = [choose_order(m.W.shape[0], x.shape[1], *s, x) for m, s in zip(members, sides, strict=True)]
-    rows = [read.rows(m.W) for m, (read, _), o in zip(members, sides, orders, strict=True) if o is Order.BEFORE]
-    parts = iter((x @ torch.cat(rows).t()).split([r.shape[0] for r in rows], dim=1) if rows else ())
-    ys, thin = [], []
-    for member, (read, write), order in zip(members, sides, orders, strict=True):
-        small = member.small(x.dtype)
-        if order is Order.BEFORE:
-            y, features = write_form(x, member.W, member.bias, next(parts), write, small)
+    rows, writes, apart = [], [], []
+    for m in members:
+        read, write = Side(m.R, m.layout.rows, m.layout.row_index), write_side(m.L, m.layout, x.dtype)
+        writes.append(write)
+        apart.append(choose_order(m.W.shape[0], x.shape[1], read, write, x) is not Order.BEFORE)
+        if not apart[-1]:
+            rows += _rows(read, m.W)
+    parts: Any = ()
+    if rows:
+        thin = x @ _joined(rows, x.dtype).t()
+        parts = iter(thin.split([_count(m) for m, alone in zip(members, apart, strict=True) if not alone], dim=1))
+    ys, features = [], []
+    for m, write, alone in zip(members, writes, apart, strict=True):
+        if alone:
+            y, own = apply_form(x, m.W, m.bias, read_side(m.R, m.layout, x.dtype), write, m.small)
         else:
-            y, features = apply_form(x, member.W, member.bias, read, write, small)
+            y, own = write_form(x, m.W, m.bias, next(parts), write, m.small)
         ys.append(y)
-        thin.append(features[0])
-    return ys, thin
+        features.append(own[0])
+    return ys, features
+
+
+def _rows(read: Side, W: Tensor) -> list[Tensor]:
+    """Stored rows and those of W, still apart."""
+    cut = [read.cut(W)] if read.count else []
+    return cut if read.stored is None else [read.stored, *cut]
+
+
+def _count(m: Member) -> int:
+    """How many features a member reads."""
+    return (0 if m.R is None else m.R.shape[0]) + m.layout.rows
+
+
+def _joined(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Rows as one matrix, in the type of the features: of one type they are cast once, together."""
+    if len({row.dtype for row in rows}) > 1:
+        rows = [row if row.dtype == dtype else row.to(dtype) for row in rows]
+    whole = rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
+    return whole if whole.dtype == dtype else whole.to(dtype)
 
 
 def backward_all(
@@ -101,40 +120,47 @@ def backward_all(
         thin: U of each member.
         needs_x: whether dx is wanted.
     """
-    dtype = dys[0].dtype
-    thick, V = [], []  # H of each member, and the features of dy before G^T
-    for dy, m in zip(dys, members, strict=True):
-        _, write = m.sides(dtype)
-        small = m.small(dtype)
-        features = through(dy @ write.rows(m.W.t()).t(), tuple([g.t() for g in reversed(small.chain)]))
-        V.append(features[0])
-        thick.append(features[-1])
-    dx = _input_gradient(dys, members, thick) if needs_x else None
+    V = [dy @ write_side(m.L, m.layout, dy.dtype).rows(m.W.t()).t() for dy, m in zip(dys, members, strict=True)]
+    # H = V G, where more is done with it than one edit, which applies G itself.
+    thick = [
+        None if m.R is None and m.layout.rows and m.small.chain else _thick(v, m)
+        for v, m in zip(V, members, strict=True)
+    ]
+    dx = _input_gradient(dys, members, V, thick) if needs_x else None
     dRs = _reading_gradients(members, thick, x)
     dLs = [_writing_gradient(dy, m, U) if m.needs_L else None for dy, m, U in zip(dys, members, thin, strict=True)]
     return dx, dRs, dLs, V
 
 
-def _input_gradient(dys: Sequence[Tensor], members: Sequence[Member], thick: Sequence[Tensor]) -> Tensor:
+def _thick(V: Tensor, m: Member) -> Tensor:
+    """H[T,p] from V[T,q]."""
+    H = V @ m.small.chain[0] if m.small.chain else V
+    return H if m.small.scale == 1 else H * m.small.scale
+
+
+def _input_gradient(
+    dys: Sequence[Tensor], members: Sequence[Member], V: Sequence[Tensor], thick: Sequence[Tensor | None]
+) -> Tensor:
     """dx: stored and copied rows in one product, slices by an edit of dy, the base products added to it."""
-    dtype = dys[0].dtype
+    columns, rows = [], []
+    edited: list[tuple[Tensor, Tensor | None] | None] = []
+    for dy, m, v, H in zip(dys, members, V, thick, strict=True):
+        read = Side(m.R, m.layout.rows, m.layout.row_index)
+        by_edit = edits(dy, read, bool(m.small.chain))
+        if H is None and by_edit:
+            edited.append((v, m.small.chain[0].t()))
+            continue
+        H = _thick(v, m) if H is None else H
+        own = H.shape[1] - m.layout.rows if by_edit else H.shape[1]
+        edited.append((H[:, own:], None) if by_edit else None)
+        if own:
+            columns.append(H[:, :own])
+            rows += [m.R] if by_edit and m.R is not None else _rows(read, m.W)
     dx: Tensor | None = None
-    columns, rows, edited = [], [], []
-    for dy, m, H in zip(dys, members, thick, strict=True):
-        read, _ = m.sides(dtype)
-        H = H if m.layout.scale == 1 else H * m.layout.scale
-        own = read.stored.shape[0] if read.stored is not None else 0
-        by_edit = edits(dy, read, bool(m.chain))
-        edited.append(H[:, own:] if by_edit else None)
-        if read.stored is not None or not by_edit:
-            columns.append(H[:, :own] if by_edit else H)
-            rows.append(read.stored if by_edit else read.rows(m.W))
     if columns:
-        dx = (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)) @ torch.cat(
-            [row for row in rows if row is not None]
-        )
-    for dy, m, slice_part in zip(dys, members, edited, strict=True):
-        place = None if slice_part is None else add_columns(dy, slice_part, None, m.layout.row_index)
+        dx = (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)) @ _joined(rows, dys[0].dtype)
+    for dy, m, part in zip(dys, members, edited, strict=True):
+        place = None if part is None else add_columns(dy, *part, m.layout.row_index)
         dx = dy @ m.W if dx is None else dx.addmm_(dy, m.W)
         if place is not None:
             put_back(place, m.layout.row_index)
@@ -142,35 +168,35 @@ def _input_gradient(dys: Sequence[Tensor], members: Sequence[Member], thick: Seq
     return dx
 
 
-def _reading_gradients(members: Sequence[Member], thick: Sequence[Tensor], x: Tensor | None) -> list[Tensor | None]:
+def _reading_gradients(
+    members: Sequence[Member], thick: Sequence[Tensor | None], x: Tensor | None
+) -> list[Tensor | None]:
     """[dR[n,i], ...] where R learns: one product, whose rows are theirs."""
-    own = [H[:, : m.R.shape[0]] for m, H in zip(members, thick, strict=True) if m.needs_R and m.R is not None]
+    own = [
+        (H[:, : m.R.shape[0]], m.R.dtype)
+        for m, H in zip(members, thick, strict=True)
+        if m.needs_R and m.R is not None and H is not None
+    ]
     if not own or x is None:
         return [None] * len(members)
-    parts = iter((torch.cat(own, dim=1).t() @ x).split([H.shape[1] for H in own]))
-    found: list[Tensor | None] = []
-    for m in members:
-        if not m.needs_R or m.R is None:
-            found.append(None)
-            continue
-        dR = next(parts)
-        dR = dR if m.layout.scale == 1 else dR * m.layout.scale
-        found.append(dR if dR.dtype == m.R.dtype else dR.to(m.R.dtype))
-    return found
+    whole = (own[0][0] if len(own) == 1 else torch.cat([H for H, _ in own], dim=1)).t() @ x
+    if len({dtype for _, dtype in own}) == 1:
+        whole = whole if whole.dtype == own[0][1] else whole.to(own[0][1])
+    parts = iter(whole.split([H.shape[1] for H, _ in own]))
+    return [next(parts).to(m.R.dtype) if m.needs_R and m.R is not None else None for m in members]
 
 
 def _writing_gradient(dy: Tensor, m: Member, U: Tensor) -> Tensor:
     """dL[o,n] = dy^T F, with F made again."""
     assert m.L is not None
-    small, n = m.small(dy.dtype), m.L.shape[1]
-    chain = (*small.chain[:-1], small.chain[-1][:n]) if small.chain else ()
-    F = through(U, chain)[-1][:, :n]
-    dL = dy.t() @ F
-    dL = dL if m.layout.scale == 1 else dL * m.layout.scale
+    n, chain = m.L.shape[1], m.small.chain
+    F = through(U, (*chain[:-1], chain[-1][:n]) if chain else ())[-1][:, :n]
+    dL = scaled_product(dy.t(), F, m.small.scale)
     return dL if dL.dtype == m.L.dtype else dL.to(m.L.dtype)
 
 
 PER_MEMBER = 6  # W, bias, R, L, C, D
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class _Siblings(torch.autograd.Function):
@@ -179,21 +205,19 @@ class _Siblings(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, makers: Sequence[FormMaker], *tensors: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        needs = ctx.needs_input_grad[2:]
-        flat = x.reshape(-1, x.shape[-1])
-        members = []
-        for n, maker in enumerate(makers):
-            at = n * PER_MEMBER
-            W, bias, R, L, C, D = tensors[at : at + PER_MEMBER]
-            G = maker.expand(C, D)
-            chain = () if G is None else (G,)
-            members.append(Member(W, bias, R, L, chain, maker.layout, needs[at + 2], needs[at + 3]))
-        ys, thin = forward_all(flat, members)
+        needs = ctx.needs_input_grad
+        given = [tensors[at : at + PER_MEMBER] for at in range(0, len(tensors), PER_MEMBER)]
+        grams = [maker.expand(C, D) for maker, (*_, C, D) in zip(makers, given, strict=True)]
+        members = [
+            _member(t, G, maker.layout, x.dtype, needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n])
+            for n, (t, G, maker) in enumerate(zip(given, grams, makers, strict=True))
+        ]
+        ys, thin = forward_all(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), members)
         ctx.makers, ctx.shape = makers, x.shape
         keeps_x = any(m.needs_R for m in members)
-        ctx.save_for_backward(x if keeps_x else None, *tensors, *(c for m in members for c in m.chain), *thin)
+        ctx.save_for_backward(x if keeps_x else None, *tensors, *grams, *thin)
         # No views: views among several outputs must not be changed in place, and what follows may want to.
-        return tuple([torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys])
+        return tuple(ys) if x.dim() == 2 else tuple([_unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
@@ -201,52 +225,55 @@ class _Siblings(torch.autograd.Function):
         return run(ctx, *dys)
 
 
+_apply_siblings = direct_apply(_Siblings)
+
+
 def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     makers, needs = ctx.makers, ctx.needs_input_grad
     count = len(makers)
-    tensors, rest = rest[: count * PER_MEMBER], rest[count * PER_MEMBER :]
-    thin = rest[len(rest) - count :]
-    chains = iter(rest[: len(rest) - count])
-    members, here = [], []
-    for n, maker in enumerate(makers):
-        W, bias, R, L, C, _ = tensors[n * PER_MEMBER : (n + 1) * PER_MEMBER]
-        chain = (next(chains),) if C is not None else ()
-        at = 2 + n * PER_MEMBER
-        if dys[n] is not None:
-            members.append(Member(W, bias, R, L, chain, maker.layout, needs[at + 2], needs[at + 3]))
-            here.append(n)
+    thin, grams = rest[-count:], rest[-2 * count : -count]
+    here = [n for n in range(count) if dys[n] is not None]
     out: list[Any] = [None] * len(needs)
     if not here:
         return tuple(out)
-    flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys if dy is not None]
-    kept = None if x is None else x.reshape(-1, x.shape[-1])
+    flat = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys if dy is not None]
+    members = [
+        _member(
+            rest[PER_MEMBER * n : PER_MEMBER * (n + 1)],
+            grams[n],
+            makers[n].layout,
+            flat[0].dtype,
+            needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n],
+        )
+        for n in here
+    ]
+    kept = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dx, dRs, dLs, V = backward_all(flat, members, kept, [thin[n] for n in here], needs[0])
     out[0] = None if dx is None else dx.view(ctx.shape)
     for n, dR, dL, v in zip(here, dRs, dLs, V, strict=True):
-        at = 2 + n * PER_MEMBER
-        C, D = tensors[n * PER_MEMBER + 4 : n * PER_MEMBER + 6]
+        at = 2 + PER_MEMBER * n
         out[at + 2], out[at + 3] = dR, dL
         if needs[at + 4]:
+            C, D = rest[at + 2 : at + 4]  # `rest` begins with the first member, two places before the inputs
             out[at + 4], out[at + 5] = makers[n].collapse((v.t() @ thin[n]).to(C.dtype), C, D)
     return tuple(out)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Under what a group's outputs were made: they are handed out only under the same."""
+def _member(
+    tensors: Sequence[Any], G: Tensor | None, layout: Layout, dtype: torch.dtype, needs: Sequence[bool]
+) -> Member:
+    """A member from W, bias, R, L and G; `needs` is of R and L."""
+    W, bias, R, L, *_ = tensors
+    chain = () if G is None else (G if G.dtype == dtype else G.to(dtype),)
+    return Member(W, bias, R, L, Small(chain, layout.scale), layout, *needs)
 
-    grad: bool
-    inference: bool
-    version: int | None
-    autocast: torch.dtype | None
 
-    @classmethod
-    def now(cls, x: Tensor) -> _Call:
-        inference = torch.is_inference_mode_enabled()
-        kind = x.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return cls(torch.is_grad_enabled(), inference, None if x.is_inference() else x._version, cast)
+def _call(x: Tensor) -> tuple[Any, ...]:
+    """Under what a group's outputs are made: they are handed out only under the same."""
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), None if x.is_inference() else x._version, cast
 
 
 class Group:
@@ -260,23 +287,26 @@ class Group:
         self.layers = [weakref.ref(layer) for layer in layers]
         self.waiting: dict[int, Tensor] = {}
         self.x: weakref.ref[Tensor] | None = None
-        self.call: _Call | None = None
+        self.call: tuple[Any, ...] | None = None
 
-    def lead(self, layer: Layer, x: Tensor) -> Tensor | None:
+    def lead(self, layer: Layer, x: Tensor, maker: FormMaker) -> Tensor | None:
         """The first layer's output, the others' kept; None where they can't be computed together now."""
         if self.layers[0]() is not layer:
             return None
         if self.waiting:
             self.dissolve()
             return None
-        layers = [ref() for ref in self.layers]
-        given = [_plain_form(other, x) for other in layers if other is not None]
-        forms = [form for form in given if form is not None]
-        if len(forms) != len(self.layers):
-            return None
-        ys = _run(x, [(other._modules["base_layer"], form) for other, form in zip(layers, forms, strict=True) if other])
-        self.x, self.call = weakref.ref(x), _Call.now(x)
-        self.waiting = {id(other): y for other, y in zip(layers[1:], ys[1:], strict=True)}
+        members = []
+        for ref in self.layers:
+            other = ref()
+            own = None if other is None else maker if other is layer else other.form_maker(x)
+            member = None if other is None or own is None else _whole(other._modules["base_layer"], own, x)
+            if member is None:
+                return None
+            members.append((id(other), member))
+        ys = _run(x, [member for _, member in members])
+        self.x, self.call = weakref.ref(x), _call(x)
+        self.waiting = {key: y for (key, _), y in zip(members[1:], ys[1:], strict=True)}
         return ys[0]
 
     def take(self, layer: Layer, x: Tensor) -> Tensor | None:
@@ -284,7 +314,7 @@ class Group:
         y = self.waiting.pop(id(layer), None)
         if y is None:
             return None
-        if self.x is not None and self.x() is x and _Call.now(x) == self.call:
+        if self.x is not None and self.x() is x and _call(x) == self.call:
             return y
         self.dissolve()
         return None
@@ -308,12 +338,13 @@ def taken(layer: Layer, x: Tensor) -> Tensor | None:
     return None if group is None or not group.waiting else group.take(layer, x)
 
 
-def together(layer: Layer, x: Tensor) -> Tensor | None:
+def together(layer: Layer, x: Tensor, maker: FormMaker) -> Tensor | None:
     """A layer's output, computed with those of its group; None where it has none, or computes alone.
 
     Args:
         layer: on its fused path.
         x: its input.
+        maker: what makes its form.
     """
     if on_cpu(x) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
@@ -325,7 +356,7 @@ def together(layer: Layer, x: Tensor) -> Tensor | None:
     if layer not in _groups:
         _watch(layer, x)
     group = _groups.get(layer)
-    return None if group is None else group.lead(layer, x)
+    return None if group is None else group.lead(layer, x, maker)
 
 
 def _watch(layer: Layer, x: Tensor) -> None:
@@ -344,43 +375,39 @@ def _watch(layer: Layer, x: Tensor) -> None:
     _seen.x, _seen.layers = weakref.ref(x), [weakref.ref(layer)]
 
 
-def _plain_form(layer: Layer, x: Tensor) -> Form | None:
-    """A layer's form for this input, if all of it is here: another layer's call may not gather what is sharded."""
-    base = layer._modules["base_layer"]
-    maker = layer.form_maker(x)
-    if maker is None or base is None:
-        return None
-    form, weight = maker.make(), base._parameters["weight"]
-    here = (weight, form.R, form.L, form.C, form.D)
-    if any(t is not None and (type(t) not in PLAIN or t.device != x.device or hasattr(t, "ds_id")) for t in here):
-        return None
-    assert weight is not None
-    return form if weight.shape[1] == x.shape[-1] else None
+Whole = tuple[Tensor, Tensor | None, Form]  # weight, bias and form of a layer
+
+
+def _whole(base: Any, maker: FormMaker, x: Tensor) -> Whole | None:
+    """A layer's tensors for this input, if all are here: another layer's call may not gather what is sharded."""
+    kept, form = base._parameters, maker.make()
+    weight = kept["weight"]
+    for tensor in (weight, *form[:4]):
+        if tensor is not None and type(tensor) not in PLAIN:
+            return None
+    fits = weight.shape[1] == x.shape[-1] and weight.device == x.device and not hasattr(weight, "ds_id")
+    return (weight, kept["bias"], form) if fits else None
 
 
 PLAIN = (Tensor, nn.Parameter)
 
 
-def _run(x: Tensor, members: Sequence[tuple[Any, Form]]) -> tuple[Tensor, ...]:
+def _run(x: Tensor, members: Sequence[Whole]) -> tuple[Tensor, ...]:
     """The outputs, under autocast in its type."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return _apply(x, [(base.weight, base.bias, form) for base, form in members])
+        return _apply(x, members)
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        cast = [
-            (base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype), form) for base, form in members
-        ]
+        cast = [(W.to(dtype), None if bias is None else bias.to(dtype), form) for W, bias, form in members]
         return _apply(x.to(dtype), cast)
 
 
-def _apply(x: Tensor, members: Sequence[tuple[Tensor, Tensor | None, Form]]) -> tuple[Tensor, ...]:
-    if not torch.is_grad_enabled():
-        flat = x.reshape(-1, x.shape[-1])
-        given = []
-        for W, bias, (R, L, C, D, maker) in members:
-            G = maker.expand(C, D)
-            given.append(Member(W, bias, R, L, () if G is None else (G,), maker.layout))
-        return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in forward_all(flat, given)[0]])
-    tensors = [t for W, bias, form in members for t in (W, bias, *form[:4])]
-    return _Siblings.apply(x, [form.maker for _, _, form in members], *tensors)
+def _apply(x: Tensor, members: Sequence[Whole]) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled():
+        tensors = [t for W, bias, form in members for t in (W, bias, *form[:4])]
+        return _apply_siblings(x, [form.maker for _, _, form in members], *tensors)
+    flat, given = x.reshape(-1, x.shape[-1]), []
+    for W, bias, (R, L, C, D, maker) in members:
+        given.append(_member((W, bias, R, L), maker.expand(C, D), maker.layout, x.dtype, (False, False)))
+    return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in forward_all(flat, given)[0]])

@@ -66,17 +66,20 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The passes for batches of one shape, with the tensors that they read."""
+    """The passes for batches of one shape, with the tensors that they read and, where none were there, the gradients
+    that they make."""
 
     inputs: dict[str, Tensor]
     items: Tensor | None
     run: Callable[[], Tensor]
+    gradients: list[Tensor | None] | None
 
 
 class StepGraphs:
     """Runs a step's passes; from the second batch of a shape on as one graph.
 
-    Gradients are added to those that are there, as always, but in tensors that stay: graphs know addresses.
+    Graphs know addresses. Where no gradients are there, a graph makes its own, in tensors that stay; where there are
+    some, as after the first of several passes of a step, it adds to them, in tensors that are the same for all graphs.
 
     Args:
         model: its trained parameters get the gradients.
@@ -105,21 +108,31 @@ class StepGraphs:
         tensors = {name: _tensor(name, value) for name, value in batch.items()}
         if items is not None:
             items = torch.as_tensor(items, device=next(iter(tensors.values())).device)
-        key = (also, *((name, value.shape, value.dtype) for name, value in tensors.items()))
-        if key not in self._seen:
-            self._seen.add(key)
+        shape = (also, *((name, value.shape, value.dtype) for name, value in tensors.items()))
+        if shape not in self._seen:
+            self._seen.add(shape)
             return self.recorder.run(lambda: passes(tensors, items))
-        self._hold_gradients()
-        if key not in self._recorded:
-            self._recorded[key] = self._record(passes, tensors, items)
-        recorded = self._recorded[key]
+        makes = all(p.grad is None for p in self.parameters)
+        if not makes:
+            self._hold_gradients()
+        if (makes, shape) not in self._recorded:
+            self._recorded[makes, shape] = self._record(passes, tensors, items, makes)
+        recorded = self._recorded[makes, shape]
         for name, value in tensors.items():
             recorded.inputs[name].copy_(value, non_blocking=True)
         if recorded.items is not None and items is not None:
             recorded.items.copy_(items, non_blocking=True)
-        return recorded.run().clone()
+        loss = recorded.run().clone()
+        if recorded.gradients is not None:
+            for parameter, gradient in zip(self.parameters, recorded.gradients, strict=True):
+                parameter.grad = gradient
+        return loss
 
-    def _record(self, passes: Passes, batch: dict[str, Tensor], items: Tensor | None) -> Recorded:
+    def forget(self) -> None:
+        """Give back what recordings hold: passes that follow need the memory."""
+        self._recorded, self._seen, self.gradients = {}, set(), []
+
+    def _record(self, passes: Passes, batch: dict[str, Tensor], items: Tensor | None, makes: bool) -> Recorded:
         inputs = {name: value.clone() for name, value in batch.items()}
         own_items = None if items is None else items.clone()
         try:
@@ -131,7 +144,7 @@ class StepGraphs:
                 f"loop.graphs: a step of this model can't be recorded ({str(error).splitlines()[0]}). "
                 "Leave it out: --set loop.graphs=off"
             ) from error
-        return Recorded(inputs, own_items, run)
+        return Recorded(inputs, own_items, run, [p.grad for p in self.parameters] if makes else None)
 
     def _hold_gradients(self) -> None:
         """Put the tensors that stay in place of the gradients, with what those hold; zeros where there are none."""

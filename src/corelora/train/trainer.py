@@ -93,6 +93,12 @@ class RunTrainer(ResumableTrainer):
         share = self.current_gradient_accumulation_steps
         return self._graphs(lambda batch, items: step(model, batch, items), batch, items, share)
 
+    def _finalize_training(self, *args: Any, **options: Any) -> Any:
+        """As Trainer's; the test that follows needs the memory that recorded steps hold."""
+        if self._graphs is not None:
+            self._graphs.forget()
+        return super()._finalize_training(*args, **options)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """As Trainer's, which counts the model's parameters anew for each batch."""
         name = getattr(self.model, "main_input_name", "input_ids")

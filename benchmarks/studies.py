@@ -1,0 +1,120 @@
+"""This project's own studies, one after the other, from local data, for as long as a machine is there.
+
+    python benchmarks/studies.py --data DATA --minutes 9 --jobs 8 smollm2-gsm8k/methods minilm-glue/mrpc
+    python benchmarks/studies.py --list
+
+DATA has math/, commonsense/, glue/ and vision/ with the files that `words` names. Runs of docs/results/known/NAME.jsonl
+are not made again; what is there afterwards is written to that folder, or to --known's, while the studies go on. Each
+study's own folder is studies/NAME. RTE begins from MNLI: its first run here is recipes/minilm-glue/mnli/full.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = ROOT / "recipes" / "studies"
+VISION = ROOT / "recipes" / "vision" / "studies"
+TASKS = {"arc-easy": "arc_easy", "boolq": "boolq", "obqa": "obqa"}
+MNLI = "runs/minilm-mnli"
+
+
+def files() -> dict[str, Path]:
+    """Every study that can be run from local data, by name."""
+    own = [
+        f"{folder}/{path.stem}"
+        for folder in ("smollm2-gsm8k", "smollm2-tasks", "minilm-glue", "published-rates")
+        for path in sorted((STUDIES / folder).glob("*.yaml"))
+        if path.stem != "base"
+    ]
+    return {name: STUDIES / f"{name}.yaml" for name in own} | {"dtd-efficientnet": VISION / "dtd-efficientnet.yaml"}
+
+
+def words(name: str, data: str) -> list[str]:
+    """The recipe keys that say where a study's rows are.
+
+    Args:
+        name: of the study.
+        data: the folder.
+    """
+    folder, _, task = name.partition("/")
+    if name == "dtd-efficientnet":
+        pictures = f"{data}/vision/dtd10/images"
+        split = f"{data}/vision/splits/split_zhou_DescribableTextures.json.gz"
+        return [*paths(pictures, pictures), f"images.split_file={split}"]
+    if folder == "smollm2-gsm8k" or name == "published-rates/smollm2":
+        return paths(f"{data}/math/gsm8k_train.jsonl.gz", f"{data}/math/gsm8k_test.jsonl")
+    if folder == "smollm2-tasks":
+        if task not in TASKS:
+            return []
+        stem = f"{data}/commonsense/{TASKS[task]}"
+        return paths(f"{stem}_train.jsonl{'.gz' if task == 'boolq' else ''}", f"{stem}_test.jsonl")
+    task = "sst2" if folder == "published-rates" else task
+    train = {"sst2": "sst2_train.jsonl.gz", "qnli": "qnli_train_10k.jsonl.gz"}.get(task, f"{task}_train.jsonl")
+    begin = [f"model.name={MNLI}/model"] if task == "rte" else []
+    return [*paths(f"{data}/glue/{train}", f"{data}/glue/{task}_dev.jsonl"), *begin]
+
+
+def paths(train: str, test: str) -> list[str]:
+    """Where training and test rows are, as recipe keys."""
+    return [f"data.train.path={train}", f"data.test.path={test}"]
+
+
+def train_mnli(data: str) -> None:
+    """What runs on RTE begin from, made once."""
+    rows = paths(f"{data}/glue/mnli_train_10k.jsonl.gz", f"{data}/glue/mnli_dev_matched.jsonl.gz")
+    corelora("train", "recipes/minilm-glue/mnli/full.yaml", *sets([*rows, "loop.graphs=auto"]), "--output", MNLI)
+
+
+def sets(given: list[str]) -> list[str]:
+    """Recipe keys as words of the command."""
+    return [f"--set={text}" for text in given]
+
+
+def corelora(*given: str) -> int:
+    """Run one command of this project's, its output as it comes."""
+    print("corelora", *given, flush=True)
+    return subprocess.run([sys.executable, "-m", "corelora", *given], cwd=ROOT, check=False).returncode
+
+
+def main() -> int:
+    """Run the studies that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--data", default="../shared/data")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--known", default="docs/results/known")
+    parser.add_argument("--set", action="append", default=[], dest="more", metavar="KEY=VALUE")
+    given = parser.parse_args()
+    known, studies = Path(given.known), files()
+    wrong = [name for name in given.names if name not in studies]
+    if given.list or wrong or not given.names:
+        print("\n".join([*(f"unknown: {name}" for name in wrong), *studies]))
+        return 1 if wrong else 0
+    ends, worst = time.monotonic() + 60 * given.minutes, 0
+    for name in given.names:
+        left = (ends - time.monotonic()) / 60
+        if left <= 0:
+            break
+        if name == "minilm-glue/rte" and not (ROOT / MNLI / "results.json").is_file():
+            train_mnli(given.data)
+        kept, folder = ROOT / known / f"{name.replace('/', '-')}.jsonl", f"studies/{name.replace('/', '-')}"
+        more = ["--known", str(kept)] if kept.is_file() else []
+        more += ["--jobs", str(given.jobs)] if given.jobs else []
+        about = [*sets([*words(name, given.data), *given.more]), "--output", folder, "--minutes", f"{left:.2f}"]
+        worst = max(worst, corelora("compare", str(studies[name].relative_to(ROOT)), *about, *more))
+        if (ROOT / folder / "runs.jsonl").is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / folder / "runs.jsonl", kept)
+    return worst
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
