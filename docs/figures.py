@@ -36,7 +36,7 @@ def values() -> dict[str, float]:
     found = _noted()
     for path in RESULTS.glob("step-*.jsonl"):
         found |= _benched(path.stem)
-    return found | _steps(found) | _layers() | _decomposition() | _others()
+    return found | _steps(found) | _compiled() | _layers() | _decomposition() | _others()
 
 
 def shown(value: float, spec: str) -> str:
@@ -82,6 +82,12 @@ def _steps(known: dict[str, float]) -> dict[str, float]:
         "outer-factors-gib": 2 * known["step-h200.lora.trained"] / 2**30,  # NoRA's have LoRA's shapes; bfloat16
         "step-cpu-saved": 1 - known["step-cpu.nlora.ms"] / known["step-cpu.nlora:reference.ms"],
     }
+
+
+def _compiled() -> dict[str, float]:
+    """By how much the GPU is busier in a compiled step than in the base's."""
+    rows = {r["name"]: r["gpu_ms"] for r in read("profile-compiled-h200.json")["rows"]}
+    return {f"compiled-gpu-{name}": ms / rows["base"] - 1 for name, ms in rows.items()}
 
 
 def _layers() -> dict[str, float]:

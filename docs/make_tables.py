@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from key_tables import keys, recipe_parts, table
 
 import corelora
 from corelora.bench.floors import all_shapes, floor
-from corelora.bench.peers import Ranks
+from corelora.bench.peers import Ranks, find_peer
 from corelora.bench.tables import Table, layers_tables, serve_tables, start_tables, step_tables
+from corelora.compare.known import take_known
+from corelora.compare.session import start_study
 from corelora.compare.study import Finalists, Group, Published, Question, Study
+from corelora.compare.tables import group_leaders, leader_rows
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import studies  # noqa: E402
 
 
 def methods() -> str:
@@ -84,6 +90,55 @@ def step_again() -> str:
         )
         rows.append([METHODS[name].title, ratio, memory, " to ".join(f"{v:.2f}" for v in busy)])
     return table(["", "times base", "GiB over base", "GPU busy, times base"], rows)
+
+
+def step_together() -> str:
+    """Times over the base of two processes on H200s: layers of one input apart, and together."""
+    known = figures.values()
+    rows = []
+    for name in ("peft_lora", "inttune", "nora", "lora", "slora", "nlora", "nlora:folded"):
+        apart, together = ([known[f"step-h200-{which}.{name}.{key}"] for key in ("ratio", "ms")] for which in BOTH)
+        cells = [f"{ratio:.3f} ({ms:.0f})" for ratio, ms in (apart, together)]
+        rows.append([find_peer(name).title, *cells])
+    return table(["", "apart: times base (ms)", "together: times base (ms)"], rows)
+
+
+BOTH = ("apart", "together")
+
+
+def profile() -> str:
+    """How long the GPU is busy in compiled steps, beside the steps' wall time."""
+    data = figures.read("profile-compiled-h200.json")
+    base = data["rows"][0]
+    rows = [
+        [
+            find_peer(r["name"]).title,
+            *(f"{r[key]:.2f} ({r[key] / base[key]:.3f})" for key in ("wall_ms", "gpu_ms")),
+            str(r["kernels"]),
+        ]
+        for r in data["rows"]
+    ]
+    what = f"{data['what']}; {data['device']}, torch {data['torch']}, peft {data['peft']}."
+    return f"{what}\n\n" + table(["", "wall, ms (times base)", "GPU busy, ms (times base)", "kernels"], rows)
+
+
+def known_runs(name: str) -> Callable[[], str]:
+    """The leaders of a study's groups by its runs in docs/results/known, which need not be all of them."""
+
+    def made() -> str:
+        with tempfile.TemporaryDirectory() as place:
+            where = studies.words(name, "../shared/data")
+            folder = start_study(studies.files()[name], Path(place) / "study", where)
+            folder.save()
+            take_known(folder.root, [figures.RESULTS / "known" / f"{name.replace('/', '-')}.jsonl"])
+            parts = []
+            for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+                found = [x for x in group_leaders(folder, group, runs) if x.runs or x.failed]
+                if found:
+                    parts.append(f"{group.name}:\n\n" + table(*leader_rows(folder, group, found)))
+        return "\n\n".join(parts)
+
+    return made
 
 
 def floors() -> str:
@@ -303,6 +358,11 @@ TABLES = {
     "step": bench("step", "step-h200.jsonl"),
     "step-h100": bench("step", "step-h100.jsonl"),
     "step-h100-again": step_again,
+    "step-together": step_together,
+    "profile-compiled": profile,
+    "init-h200": bench("init", "init-h200.jsonl"),
+    "known-methods": known_runs("smollm2-gsm8k/methods"),
+    "known-nlora": known_runs("smollm2-gsm8k/nlora"),
     "graphs": graphs,
     "blocks": blocks,
     "energy": bench("init", "energy-smollm2.jsonl"),
