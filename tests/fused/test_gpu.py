@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corelora import CoreLoraConfig
-from corelora.kernels import products
+from corelora.kernels import products, siblings
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
 
@@ -120,3 +120,56 @@ def test_training_follows_the_reference(method, autocast, checkpointing):
         curves.append(torch.tensor(losses))
     assert float((curves[0] - curves[1]).abs().max()) < 0.06
     assert curves[1][-1] < curves[1][0] - 0.1
+
+
+def _adapted_llama(method: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(1)
+    config = CoreLoraConfig(method=method, r=8, target_modules="all-linear", stats="weight", init_weights=False)
+    return get_peft_model(_llama().to(dtype), config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_of_one_input_together(method, dtype):
+    """q, k and v, gate and up as one operation each: gradients are as near to float64's as those of layers apart."""
+    model = _adapted_llama(method, dtype)
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(0, 100, (4, 33), device="cuda")
+    set_fast("off")
+    exact(input_ids=ids, labels=ids).loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in exact.parameters() if p.requires_grad])
+    errors = {}
+    for mode in ("off", "on"):
+        set_fast(mode)
+        for _ in range(3):  # the first pass sees what belongs together
+            model.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        errors[mode] = _error(found, expected)
+    attention = model.base_model.model.model.layers[1].self_attn
+    groups = {siblings._groups.get(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    assert len(groups) == 1
+    assert None not in groups
+    assert errors["on"] < max(2 * errors["off"], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
+def test_compiled_as_cuda_graphs(method):
+    """torch.compile's mode reduce-overhead over some steps: one curve with eager, and no graph overwrites another's."""
+    ids = torch.randint(0, 100, (4, 32), device="cuda")
+    curves = []
+    for compiled in (False, True):
+        model = _adapted_llama(method, torch.bfloat16)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        inner = model.get_base_model()
+        if compiled:
+            inner.compile(dynamic=False, mode="reduce-overhead")
+        losses = []
+        for _ in range(8):
+            loss = inner(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+        curves.append(losses)
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=2e-2, atol=2e-2)

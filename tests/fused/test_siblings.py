@@ -109,6 +109,21 @@ def test_together_as_apart(method, variant, extra):
         set_fast(mode)
 
 
+@pytest.mark.parametrize(
+    ("method", "extra", "times"),
+    [("inttune", {}, 1), ("nlora", {}, 1), ("inttune", {"sampling": "random"}, 0), ("nora", {}, 0)],
+    ids=str,
+)
+def test_leading_columns_are_put_back_once_for_all(method, extra, times, monkeypatch):
+    """Columns of W write by an edit of x: where all edit the same ones, they are copied and put back once."""
+    model, x = adapted(method, **extra), torch.randn(4, 37)
+    grouped(model, x)
+    held, hold = [], siblings.hold_columns
+    monkeypatch.setattr(siblings, "hold_columns", lambda *given: held.append(1) or hold(*given))
+    check(model, x)
+    assert len(held) == times
+
+
 @pytest.mark.parametrize("used", ["q", "k", "qv", "kv"])
 @pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
 def test_outputs_that_nobody_uses(method, used):

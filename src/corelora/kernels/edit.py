@@ -42,6 +42,33 @@ def add_columns(x: Tensor, U: Tensor, G: Tensor | None, index: Tensor | None) ->
     return data, backup
 
 
+def hold_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading columns of x[T,i] and a copy of them: several edits in turn begin from the copy, and one `put_back`
+    is enough for all.
+
+    Args:
+        x: to be edited.
+        count: of the columns.
+    """
+    head = x.data[:, :count]
+    return head, head.clone()
+
+
+def set_columns(held: tuple[Tensor, Tensor], U: Tensor, G: Tensor | None) -> None:
+    """Held columns become what they were plus U G^T, whatever the last edit left there.
+
+    Args:
+        held: as `hold_columns` gives them.
+        U: thin features [T,p].
+        G: [n,p]; None: the identity.
+    """
+    head, backup = held
+    if G is None:
+        torch.add(backup, U, out=head)
+    else:
+        torch.addmm(backup, U, G.t(), out=head)
+
+
 def put_back(edited: tuple[Tensor, Tensor], index: Tensor | None) -> None:
     """Undo `add_columns`, exactly."""
     place, backup = edited

@@ -18,7 +18,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from corelora.kernels.edit import add_columns, can_edit, put_back
+from corelora.kernels.edit import add_columns, can_edit, put_back, set_columns
 from corelora.kernels.form import Chain, scaled_product
 
 
@@ -137,13 +137,14 @@ def apply_form(
 
 
 def write_form(
-    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, write: Side, small: Small
+    x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor, write: Side, small: Small, held: Held = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The same from U = Rf x on, in the order BEFORE.
 
     Args:
         x, W, bias, write, small: as in `apply_form`.
         U: [T,p].
+        held: x's leading columns, if others edit them too; they are left as this edit has them.
     """
     if not edits(x, write, bool(small.chain)):
         features = through(U, small.chain)
@@ -153,7 +154,7 @@ def write_form(
         return y.addmm_(x, W.t()), features
     features, last = through(U, small.chain[:-1]), small.last()
     if write.stored is None:
-        edited = add_columns(x, features[-1], last, write.index)
+        edited = _edited(x, features[-1], last, write, held)
         y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
     else:
         assert last is not None
@@ -162,11 +163,23 @@ def write_form(
         y = F @ write.stored
         if bias is not None:
             y.add_(bias)
-        edited = add_columns(x, features[-1], last[n:], write.index)
+        edited = _edited(x, features[-1], last[n:], write, held)
         y.addmm_(x, W.t())
         features = [*features, F]
-    put_back(edited, write.index)
+    if edited is not None:
+        put_back(edited, write.index)
     return y, features
+
+
+Held = tuple[Tensor, Tensor] | None  # columns and what they were (edit.py)
+
+
+def _edited(x: Tensor, U: Tensor, G: Tensor | None, write: Side, held: Held) -> Held:
+    """Edit x; what is to be put back afterwards, None where that is for others to do."""
+    if held is None:
+        return add_columns(x, U, G, write.index)
+    set_columns(held, U, G)
+    return None
 
 
 def edits(x: Tensor, write: Side, has_chain: bool) -> bool:

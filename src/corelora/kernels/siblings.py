@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from corelora.kernels.core_linear import direct_apply, read_side, write_side
-from corelora.kernels.edit import add_columns, put_back
+from corelora.kernels.edit import add_columns, hold_columns, put_back
 from corelora.kernels.form import Form, FormMaker, Layout, on_cpu, scaled_product
 from corelora.kernels.products import Order, Side, Small, apply_form, choose_order, edits, through, write_form
 
@@ -78,15 +78,28 @@ def forward_all(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], lis
     if rows:
         thin = x @ _joined(rows, x.dtype).t()
         parts = iter(thin.split([_count(m) for m, alone in zip(members, apart, strict=True) if not alone], dim=1))
+    count = None if any(apart) else _edited_columns(x, members, writes)
+    held = None if count is None else hold_columns(x, count)
     ys, features = [], []
     for m, write, alone in zip(members, writes, apart, strict=True):
         if alone:
             y, own = apply_form(x, m.W, m.bias, read_side(m.R, m.layout, x.dtype), write, m.small)
         else:
-            y, own = write_form(x, m.W, m.bias, next(parts), write, m.small)
+            y, own = write_form(x, m.W, m.bias, next(parts), write, m.small, held)
         ys.append(y)
         features.append(own[0])
+    if held is not None:
+        put_back(held, None)
     return ys, features
+
+
+def _edited_columns(x: Tensor, members: Sequence[Member], writes: Sequence[Side]) -> int | None:
+    """How many leading columns of x all members edit; None where they don't all edit the same ones."""
+    counts = {
+        write.count if write.index is None and edits(x, write, bool(m.small.chain)) else 0
+        for m, write in zip(members, writes, strict=True)
+    }
+    return counts.pop() or None if len(counts) == 1 else None
 
 
 def _rows(read: Side, W: Tensor) -> list[Tensor]:
