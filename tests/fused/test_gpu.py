@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corelora import CoreLoraConfig
-from corelora.kernels import products, siblings
+from corelora.kernels import groups, products
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
 
@@ -147,7 +147,7 @@ def test_layers_of_one_input_together(method, dtype):
         found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         errors[mode] = _error(found, expected)
     attention = model.base_model.model.model.layers[1].self_attn
-    groups = {siblings._groups.get(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    groups = {groups._groups.get(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
     assert len(groups) == 1
     assert None not in groups
     assert errors["on"] < max(2 * errors["off"], TOLERANCE[dtype])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from corelora import CoreLoraConfig
-from corelora.kernels import form, products, siblings
+from corelora.kernels import form, groups, products, siblings
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
 from corelora.registry import METHODS, OUTERS
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 def _as_on_a_gpu():
     """Orders and groups of a GPU, on CPU tensors."""
     modes = set_fast("on"), products.set_order(Order.BEFORE), form.set_device("cuda")
-    siblings._seen.__dict__.clear()
+    groups._seen.__dict__.clear()
     yield
     set_fast(modes[0])
     products.set_order(modes[1])
@@ -52,8 +52,8 @@ def adapted(method: str = "slora", variant: str = "default", **extra) -> nn.Modu
     return get_peft_model(Attention(), config, autocast_adapter_dtype=False).base_model.model
 
 
-def groups_of(model: nn.Module) -> list[siblings.Group]:
-    found = {id(g): g for m in (model.q, model.k, model.v) if (g := siblings._groups.get(m)) is not None}
+def groups_of(model: nn.Module) -> list[groups.Group]:
+    found = {id(g): g for m in (model.q, model.k, model.v) if (g := groups._groups.get(m)) is not None}
     return list(found.values())
 
 
@@ -82,7 +82,7 @@ def check(model: nn.Module, x: Tensor, **options) -> None:
         _close(a, b, torch.float32)
 
 
-def grouped(model: nn.Module, x: Tensor) -> siblings.Group:
+def grouped(model: nn.Module, x: Tensor) -> groups.Group:
     """After one pass they are a group, which computes the second."""
     outcome(model, x)
     assert groups_of(model) == []
@@ -231,10 +231,10 @@ def test_switches_between_passes_are_seen():
 def test_models_are_not_kept_alive():
     model, x = adapted(), torch.randn(4, 37)
     grouped(model, x)
-    before = len(siblings._groups)
+    before = len(groups._groups)
     del model
     gc.collect()
-    assert len(siblings._groups) == before - 3
+    assert len(groups._groups) == before - 3
 
 
 def test_autocast():

@@ -43,10 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         from corelora.compare.tables import leaders_text, list_text, study_data
     except ModuleNotFoundError as error:
         raise CoreLoraError(f"studies need {error.name}. Install: pip install corelora[train,compare]") from None
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise CoreLoraError(f"--jobs {arguments.jobs}: at least 1 is expected")
-    if arguments.minutes is not None and not arguments.minutes > 0:
-        raise CoreLoraError(f"--minutes {arguments.minutes:g}: more than 0 is expected")
+    _check_numbers(arguments)
     path = Path(arguments.study)
     options = Options(
         jobs=arguments.jobs,
@@ -79,6 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"\nNext: corelora report {folder.root}")
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise CoreLoraError(f"--jobs {arguments.jobs}: at least 1 is expected")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise CoreLoraError(f"--minutes {arguments.minutes:g}: more than 0 is expected")
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

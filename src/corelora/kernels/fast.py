@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from corelora.adapter import CoreAdapter
 from corelora.kernels.core_linear import core_linear
 from corelora.kernels.form import FormMaker, is_serial
-from corelora.kernels.siblings import Layer, taken, together
+from corelora.kernels.groups import Layer, taken, together
 from corelora.layers import LinearView, View
 
 _mode = "auto"
