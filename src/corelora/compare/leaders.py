@@ -91,9 +91,7 @@ def leaders(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> 
         lower: whether lower is better.
     """
     has_finals = any(run.run.is_final for run in runs)
-    settings: dict[Labels, list[Standing]] = {}
-    for run in runs:
-        settings.setdefault(setting_of(group, run), []).append(run)
+    settings = by_setting(group, runs)
     found = [leader_of(group, of_it, score, lower) for of_it in settings.values()]
     found = [_judged_by_finals(x, settings[x.setting], score) for x in found] if has_finals else found
     found.sort(key=lambda x: (math.isnan(x.mean), x.mean if lower else -x.mean))
@@ -101,7 +99,20 @@ def leaders(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> 
     return [_with_noise(x, best) for x in found]
 
 
-def setting_of(group: Group, run: Standing) -> Labels:
+def by_setting(group: Group, runs: Sequence[Standing]) -> dict[Labels, list[Standing]]:
+    """The runs of each compared setting.
+
+    Args:
+        group: of the study.
+        runs: of that group.
+    """
+    settings: dict[Labels, list[Standing]] = {}
+    for run in runs:
+        settings.setdefault(_setting_of(group, run), []).append(run)
+    return settings
+
+
+def _setting_of(group: Group, run: Standing) -> Labels:
     """The values of a run on the compared axes."""
     return _of(run, [axis for axis in group.axes if axis not in group.tune])
 
@@ -125,7 +136,7 @@ def leader_of(group: Group, runs: Sequence[Standing], score: str, lower: bool) -
     tuned: Labels = min(firsts, key=lambda t: firsts[t] if lower else -firsts[t], default=())
     best = values.get(tuned, [])
     return Leader(
-        setting=setting_of(group, runs[0]),
+        setting=_setting_of(group, runs[0]),
         tuned=tuned,
         runs=tuple(run for run, _ in best),
         scores=tuple(value for _, value in best),
@@ -161,7 +172,7 @@ def _usable(
 
     By the score, where runs have no test loss. The other tuned values are those of the best score.
     """
-    axis = rates_of(group)
+    axis = _rates_of(group)
     if axis is None or not best:
         return None
     others = [pair for pair in best if pair[0] != axis]
@@ -183,10 +194,10 @@ def _usable(
 def _tried(group: Group, runs: Sequence[Standing]) -> tuple[float, float] | None:
     """The ends of the rates that are tuned, runs that failed or are missing too."""
     rates = {run.run.recipe.optim.lr for run in runs}
-    return (min(rates), max(rates)) if rates_of(group) and len(rates) > 1 else None
+    return (min(rates), max(rates)) if _rates_of(group) and len(rates) > 1 else None
 
 
-def rates_of(group: Group) -> str | None:
+def _rates_of(group: Group) -> str | None:
     """The tuned axis of learning rates."""
     return next((axis for axis in group.tune if axis in RATES), None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corelora.compare.leaders import Labels, Leader, leader_of, setting_of
+from corelora.compare.leaders import Leader, by_setting, leader_of
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
@@ -24,10 +24,8 @@ def asked(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> li
     """
     if not group.begin:
         return list(runs)
-    settings: dict[Labels, list[Standing]] = {}
-    for run in runs:
-        settings.setdefault(setting_of(group, run), []).append(run)
-    wanted = {run.folder for own in settings.values() for run in _outward(group, own, score, lower)}
+    settings = by_setting(group, runs).values()
+    wanted = {run.folder for own in settings for run in _outward(group, own, score, lower)}
     return [run for run in runs if run.folder in wanted]
 
 
