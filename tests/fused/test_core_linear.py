@@ -63,10 +63,17 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
+@pytest.fixture(params=[0, products.EDIT_FROM], ids=["edits", "wide"])
+def edit_from(request, monkeypatch):
+    """Beside a stored factor, a slice writes by an edit, or as a part of a wider product."""
+    monkeypatch.setattr(products, "EDIT_FROM", request.param)
+
+
 def _maker(layer: CoreLoraLayer) -> FormMaker:
     return FormMaker(layer.cores["default"], layer.factors("default"), layer.scaling["default"])
 
 
+@pytest.mark.usefixtures("edit_from")
 @pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
 @pytest.mark.parametrize(("method", "variant", "extra"), CASES, ids=str)
 def test_fused_equals_reference(method, variant, extra, order):
@@ -88,6 +95,7 @@ def test_fused_equals_reference(method, variant, extra, order):
         assert torch.equal(dy, before[1]), "the output's gradient must come back bit for bit"
 
 
+@pytest.mark.usefixtures("edit_from")
 @pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("method", ["lora", "slora", "nlora", "inttune", "nora"])
@@ -160,6 +168,7 @@ def test_shapes_of_inputs(method, shape):
         _close(a, b, torch.float32)
 
 
+@pytest.mark.usefixtures("edit_from")
 @pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
 @pytest.mark.parametrize("method", ["nlora", "inttune", "slora"])
 def test_inputs_that_are_views(method, order):

@@ -43,11 +43,13 @@ def _error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+@pytest.mark.parametrize("edit_from", [0, products.EDIT_FROM], ids=["edits", "wide"])
 @pytest.mark.parametrize("order", [None, *Order], ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_against_float64(method, dtype, order):
+def test_fused_against_float64(method, dtype, order, edit_from, monkeypatch):
     """Outputs and all gradients against the reference path in float64; the input comes back bit for bit."""
+    monkeypatch.setattr(products, "EDIT_FROM", edit_from)
     for extra in [{}] if method not in ("nlora", "inttune") else [{}, {"sampling": "random"}]:
         model = _model(method, dtype, **extra)
         exact = copy.deepcopy(model).double()
@@ -147,9 +149,9 @@ def test_layers_of_one_input_together(method, dtype):
         found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         errors[mode] = _error(found, expected)
     attention = model.base_model.model.model.layers[1].self_attn
-    groups = {groups._groups.get(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
-    assert len(groups) == 1
-    assert None not in groups
+    shared = {groups._groups.get(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    assert len(shared) == 1
+    assert None not in shared
     assert errors["on"] < max(2 * errors["off"], TOLERANCE[dtype])
 
 

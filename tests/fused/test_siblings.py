@@ -31,9 +31,10 @@ class Attention(nn.Module):
         return self.q(x), self.k(source), self.v(source)
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu():
-    """Orders and groups of a GPU, on CPU tensors."""
+@pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
+def _as_on_a_gpu(request, monkeypatch):
+    """Orders and groups of a GPU, on CPU tensors, with edits beside stored factors and without."""
+    monkeypatch.setattr(products, "EDIT_FROM", request.param)
     modes = set_fast("on"), products.set_order(Order.BEFORE), form.set_device("cuda")
     groups._seen.__dict__.clear()
     yield
@@ -116,6 +117,7 @@ def test_together_as_apart(method, variant, extra):
 )
 def test_leading_columns_are_put_back_once_for_all(method, extra, times, monkeypatch):
     """Columns of W write by an edit of x: where all edit the same ones, they are copied and put back once."""
+    monkeypatch.setattr(products, "EDIT_FROM", 0)
     model, x = adapted(method, **extra), torch.randn(4, 37)
     grouped(model, x)
     held, hold = [], siblings.hold_columns
@@ -229,6 +231,7 @@ def test_switches_between_passes_are_seen():
 
 
 def test_models_are_not_kept_alive():
+    gc.collect()  # what earlier tests have left
     model, x = adapted(), torch.randn(4, 37)
     grouped(model, x)
     before = len(groups._groups)

@@ -14,6 +14,7 @@ every small product, F is saved too where L learns, and G may stay the two matri
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,26 +22,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu, scaled_product
+from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu, scaled_product, typed
 from corelora.kernels.products import Side, Small, apply_form, through
 
 
 def _in_type(chain: Chain, dtype: torch.dtype) -> Chain:
-    for matrix in chain:
-        if matrix.dtype != dtype:
-            return tuple([one.to(dtype) for one in chain])
-    return chain
+    return tuple([typed(matrix, dtype) for matrix in chain])
 
 
 def read_side(R: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
     """The reading side, in the type of the features."""
-    return Side(R if R is None or R.dtype == dtype else R.to(dtype), layout.rows, layout.row_index)
+    return Side(R if R is None else typed(R, dtype), layout.rows, layout.row_index)
 
 
 def write_side(L: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
     """The writing side, likewise."""
     if L is not None:
-        L = (L if L.dtype == dtype else L.to(dtype)).t()
+        L = typed(L, dtype).t()
     return Side(L, layout.cols, layout.col_index)
 
 
@@ -91,13 +89,11 @@ def run_backward(
     if needs[1] and saved.x is not None and R is not None:
         H = features[-1]  # R is stored, so its gradient's features stood alone
         H1 = H[:, : R.shape[0]] if read.count else H
-        dR = scaled_product(H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), scale)
-        dR = dR if dR.dtype == R.dtype else dR.to(R.dtype)
+        dR = typed(scaled_product(H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), scale), R.dtype)
     if needs[2] and L is not None:
         n, kept = L.shape[1], saved.features
         F = kept[-1] if saved.has_F else through(kept[0], _rows_of(chain, n))[-1]
-        dL = scaled_product(flat.t(), F[:, :n], scale)
-        dL = dL if dL.dtype == L.dtype else dL.to(L.dtype)
+        dL = typed(scaled_product(flat.t(), F[:, :n], scale), L.dtype)
     return [dx, dR, dL], features
 
 
@@ -113,10 +109,7 @@ def _prepared(form: Form, cpu: bool, dtype: torch.dtype) -> tuple[Tensor | None,
         G = maker.expand(C, D)
         return R, L, () if G is None else (G,), maker.layout
     # Wider factors are made narrow once for both passes, which on a GPU would be kept memory.
-    if R is not None and R.dtype != dtype:
-        R = R.to(dtype)
-    if L is not None and L.dtype != dtype:
-        L = L.to(dtype)
+    R, L = (None if factor is None else typed(factor, dtype) for factor in (R, L))
     return R, L, _in_type(maker.chain(C, D), dtype), maker.cpu_layout
 
 
@@ -126,14 +119,24 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+def below_autograd() -> AbstractContextManager[Any]:
+    """The time of an autograd function's own products: no product looks at what autograd would record of it.
+
+    Nothing is recorded there anyway; a fifth of what a small product costs the host is that look.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    return nullcontext() if transformed else torch._C._AutoDispatchBelowAutograd()
+
+
 class _CoreLinear(torch.autograd.Function):
     """The eager face: an autograd function costs the host far less than a registered operation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, R: Any, L: Any, C: Any, D: Any, maker: FormMaker) -> Tensor:
         ctx.maker, ctx.on_cpu = maker, on_cpu(x)
-        R, L, chain, ctx.layout = _prepared(Form(R, L, C, D, maker), ctx.on_cpu, x.dtype)
-        y, features = run_forward(x, W, bias, R, L, chain, ctx.layout)
+        with below_autograd():
+            R, L, chain, ctx.layout = _prepared(Form(R, L, C, D, maker), ctx.on_cpu, x.dtype)
+            y, features = run_forward(x, W, bias, R, L, chain, ctx.layout)
         needs_x, needs_F = ctx.needs_input_grad[3:5]
         ctx.links = len(chain)
         if not (ctx.on_cpu and needs_F):
@@ -145,7 +148,10 @@ class _CoreLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         # A second derivative would miss what goes through the features: it is refused, not wrong.
-        return once_differentiable(_gradients)(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            return once_differentiable(_gradients)(ctx, dy)
+        with below_autograd():
+            return _gradients(ctx, dy)
 
 
 _apply_core_linear = direct_apply(_CoreLinear)
@@ -160,7 +166,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if n[5] and ctx.on_cpu:
         dC, dD = maker.core_gradients(V, features, C, D)
     elif n[5]:
-        dC, dD = maker.collapse((V[0].t() @ features[0]).to(C.dtype), C, D)
+        dC, dD = maker.collapse(typed(V[0].t() @ features[0], C.dtype), C, D)
     return dx, None, None, dR, dL, dC, dD, None
 
 
@@ -246,7 +252,7 @@ def linear_backward_op(
     """[dx, dR, dL, dG]; an empty tensor where `needs` says that nobody asks."""
     layout = Layout(rows, row_index, cols, col_index, scale)
     grads, features = run_backward(dy, Saved(x, W, R, L, () if G is None else (G,), [U], layout), needs)
-    grads.append((features[0].t() @ U).to(G.dtype) if G is not None and needs[3] else None)
+    grads.append(typed(features[0].t() @ U, G.dtype) if G is not None and needs[3] else None)
     return [dy.new_empty(0) if g is None else g for g in grads]
 
 

@@ -75,6 +75,11 @@ class Form(NamedTuple):
     maker: FormMaker
 
 
+def typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a type; `Tensor.to` looks so long at one that has it already that small models would see it."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b in one operation."""
     return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
@@ -170,14 +175,14 @@ class FormMaker:
             C, D: as in the form.
         """
         if not self.is_direct:
-            return scaled_product(V[0].t(), U[0], 1.0).to(C.dtype), None
+            return typed(scaled_product(V[0].t(), U[0], 1.0), C.dtype), None
         left, right = self._transforms(U[0])
         if D is None:
             V0, U0 = self._added_up(V[0], left), self._added_up(U[0], right)
-            return scaled_product(V0.t(), U0, self.scale).to(C.dtype), None
+            return typed(scaled_product(V0.t(), U0, self.scale), C.dtype), None
         first, last = U[0] if right is None else U[0] * right, V[0] if left is None else V[0] * left
         dC, dD = scaled_product(V[1].t(), first, self.scale), scaled_product(last.t(), U[1], self.scale)
-        return dC.to(C.dtype), dD.to(D.dtype)
+        return typed(dC, C.dtype), typed(dD, D.dtype)
 
     def collapse(self, dG: Tensor, C: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients of C and D from that of G: the transpose of `expand`."""

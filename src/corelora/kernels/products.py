@@ -30,6 +30,7 @@ class Order(Enum):
 
 
 _order: Order | None = None
+EDIT_FROM = 1 << 25  # numbers of an output, from which an edit beside a stored factor is cheaper than a wider product
 
 
 def set_order(order: Order | None) -> Order | None:
@@ -146,7 +147,7 @@ def write_form(
         U: [T,p].
         held: x's leading columns, if others edit them too; they are left as this edit has them.
     """
-    if not edits(x, write, bool(small.chain)):
+    if not edits(x, write, bool(small.chain), W.shape[0]):
         features = through(U, small.chain)
         y = scaled_product(features[-1], write.rows(W.t()), small.scale)
         if bias is not None:
@@ -159,11 +160,12 @@ def write_form(
     else:
         assert last is not None
         n = write.stored.shape[0]
-        F = features[-1] @ last[:n].t()
+        both = features[-1] @ last.t()
+        F = both[:, :n]
         y = F @ write.stored
         if bias is not None:
             y.add_(bias)
-        edited = _edited(x, features[-1], last[n:], write, held)
+        edited = _edited(x, both[:, n:], None, write, held)
         y.addmm_(x, W.t())
         features = [*features, F]
     if edited is not None:
@@ -182,15 +184,22 @@ def _edited(x: Tensor, U: Tensor, G: Tensor | None, write: Side, held: Held) -> 
     return None
 
 
-def edits(x: Tensor, write: Side, has_chain: bool) -> bool:
-    """Whether columns of W write by an edit of x; beside a stored L the last matrix of G must be there to be split.
+def edits(x: Tensor, write: Side, has_chain: bool, o: int) -> bool:
+    """Whether columns of W write by an edit of x.
+
+    Alone they always do where they can: nothing is left of the adapter's product. Beside a stored L they are half of
+    it, and the edit's three passes over r columns are paid for from some size of the output on (`EDIT_FROM`); the last
+    matrix of G must be there to be split.
 
     Args:
         x: [T,i].
         write: columns of Lf, as rows.
         has_chain: whether there is a G.
+        o: width of the output.
     """
-    return write.count > 0 and can_edit(x) and (write.stored is None or has_chain)
+    if not write.count or not can_edit(x):
+        return False
+    return write.stored is None or (has_chain and x.shape[0] * o >= EDIT_FROM)
 
 
 def _after(

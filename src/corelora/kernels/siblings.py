@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corelora.kernels.core_linear import direct_apply, read_side, write_side
+from corelora.kernels.core_linear import below_autograd, direct_apply, read_side, write_side
 from corelora.kernels.edit import add_columns, hold_columns, put_back
-from corelora.kernels.form import Form, FormMaker, Layout, scaled_product
+from corelora.kernels.form import Form, FormMaker, Layout, scaled_product, typed
 from corelora.kernels.products import Order, Side, Small, apply_form, choose_order, edits, through, write_form
 
 
@@ -80,7 +80,7 @@ def forward_all(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], lis
 def _edited_columns(x: Tensor, members: Sequence[Member], writes: Sequence[Side]) -> int | None:
     """How many leading columns of x all members edit; None where they don't all edit the same ones."""
     counts = {
-        write.count if write.index is None and edits(x, write, bool(m.small.chain)) else 0
+        write.count if write.index is None and edits(x, write, bool(m.small.chain), m.W.shape[0]) else 0
         for m, write in zip(members, writes, strict=True)
     }
     return counts.pop() or None if len(counts) == 1 else None
@@ -100,9 +100,8 @@ def _count(m: Member) -> int:
 def _joined(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Rows as one matrix, in the type of the features: of one type they are cast once, together."""
     if len({row.dtype for row in rows}) > 1:
-        rows = [row if row.dtype == dtype else row.to(dtype) for row in rows]
-    whole = rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
-    return whole if whole.dtype == dtype else whole.to(dtype)
+        rows = [typed(row, dtype) for row in rows]
+    return typed(rows[0] if len(rows) == 1 else torch.cat(tuple(rows)), dtype)
 
 
 def backward_all(
@@ -143,7 +142,7 @@ def _input_gradient(
     edited: list[tuple[Tensor, Tensor | None] | None] = []
     for dy, m, v, H in zip(dys, members, V, thick, strict=True):
         read = Side(m.R, m.layout.rows, m.layout.row_index)
-        by_edit = edits(dy, read, bool(m.small.chain))
+        by_edit = edits(dy, read, bool(m.small.chain), m.W.shape[1])
         if H is None and by_edit:
             edited.append((v, m.small.chain[0].t()))
             continue
@@ -178,9 +177,9 @@ def _reading_gradients(
         return [None] * len(members)
     whole = (own[0][0] if len(own) == 1 else torch.cat([H for H, _ in own], dim=1)).t() @ x
     if len({dtype for _, dtype in own}) == 1:
-        whole = whole if whole.dtype == own[0][1] else whole.to(own[0][1])
+        whole = typed(whole, own[0][1])
     parts = iter(whole.split([H.shape[1] for H, _ in own]))
-    return [next(parts).to(m.R.dtype) if m.needs_R and m.R is not None else None for m in members]
+    return [typed(next(parts), m.R.dtype) if m.needs_R and m.R is not None else None for m in members]
 
 
 def _writing_gradient(dy: Tensor, m: Member, U: Tensor) -> Tensor:
@@ -188,8 +187,7 @@ def _writing_gradient(dy: Tensor, m: Member, U: Tensor) -> Tensor:
     assert m.L is not None
     n, chain = m.L.shape[1], m.small.chain
     F = through(U, (*chain[:-1], chain[-1][:n]) if chain else ())[-1][:, :n]
-    dL = scaled_product(dy.t(), F, m.small.scale)
-    return dL if dL.dtype == m.L.dtype else dL.to(m.L.dtype)
+    return typed(scaled_product(dy.t(), F, m.small.scale), m.L.dtype)
 
 
 PER_MEMBER = 6  # W, bias, R, L, C, D
@@ -204,12 +202,13 @@ class _Siblings(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad
         given = [tensors[at : at + PER_MEMBER] for at in range(0, len(tensors), PER_MEMBER)]
-        grams = [maker.expand(C, D) for maker, (*_, C, D) in zip(makers, given, strict=True)]
-        members = [
-            _member(t, G, maker.layout, x.dtype, needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n])
-            for n, (t, G, maker) in enumerate(zip(given, grams, makers, strict=True))
-        ]
-        ys, thin = forward_all(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), members)
+        with below_autograd():
+            grams = [maker.expand(C, D) for maker, (*_, C, D) in zip(makers, given, strict=True)]
+            members = [
+                _member(t, G, maker.layout, x.dtype, needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n])
+                for n, (t, G, maker) in enumerate(zip(given, grams, makers, strict=True))
+            ]
+            ys, thin = forward_all(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), members)
         ctx.makers, ctx.shape = makers, x.shape
         keeps_x = any(m.needs_R for m in members)
         ctx.save_for_backward(x if keeps_x else None, *tensors, *grams, *thin)
@@ -218,8 +217,10 @@ class _Siblings(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        run = once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients
-        return run(ctx, *dys)
+        if torch.is_grad_enabled():
+            return once_differentiable(_gradients)(ctx, *dys)
+        with below_autograd():
+            return _gradients(ctx, *dys)
 
 
 _apply_siblings = direct_apply(_Siblings)
@@ -253,7 +254,7 @@ def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         out[at + 2], out[at + 3] = dR, dL
         if needs[at + 4]:
             C, D = rest[at + 2 : at + 4]  # `rest` begins with the first member, two places before the inputs
-            out[at + 4], out[at + 5] = makers[n].collapse((v.t() @ thin[n]).to(C.dtype), C, D)
+            out[at + 4], out[at + 5] = makers[n].collapse(typed(v.t() @ thin[n], C.dtype), C, D)
     return tuple(out)
 
 
@@ -262,7 +263,7 @@ def _member(
 ) -> Member:
     """A member from W, bias, R, L and G; `needs` is of R and L."""
     W, bias, R, L, *_ = tensors
-    chain = () if G is None else (G if G.dtype == dtype else G.to(dtype),)
+    chain = () if G is None else (typed(G, dtype),)
     return Member(W, bias, R, L, Small(chain, layout.scale), layout, *needs)
 
 
