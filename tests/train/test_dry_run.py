@@ -77,6 +77,7 @@ def test_all_mistakes_at_once(folder, tmp_path):
         ({"model": {"name": "package:smolm2"}}, "Did you mean 'smollm2'"),
         ({"model": {"start_from": "nowhere"}}, "no folder nowhere"),
         ({"model": {"dtype": "bfloat16"}, "loop": {"precision": "float32"}}, "set model.dtype"),
+        ({"model": {"dtype": "bfloat16"}, "loop": {"precision": "tf32"}}, "tf32 with weights in bfloat16"),
         ({"method": {"name": "full"}, "model": {"quantize": "4bit"}}, "quantised weights can't be trained"),
         ({"optim": {"name": "galore_adamw"}}, "optim.name: galore_adamw can't be had here"),
         ({"optim": {"schedule": "cosine_with_min_lr"}}, "optim.schedule: cosine_with_min_lr wants settings"),

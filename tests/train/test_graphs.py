@@ -180,8 +180,9 @@ def test_what_stands_against_graphs_is_said_beforehand(folder, tmp_path):
 
 def test_lengths_have_a_common_multiple_within_the_longest(folder, recorder):
     """So that there are few graphs, and no position beyond those that the model has."""
-    widths = {n: row_multiple(make_recipe(folder, loop={"graphs": "auto"}, data={"max_length": n})) for n in (96, 128)}
-    assert widths == {96: 32, 128: 64}
+    lengths = (30, 96, 128, 512, 4096)
+    widths = {n: row_multiple(make_recipe(folder, loop={"graphs": "auto"}, data={"max_length": n})) for n in lengths}
+    assert widths == {30: 2, 96: 8, 128: 16, 512: 64, 4096: 64}
 
 
 def test_a_step_that_cannot_be_recorded_names_the_way_out(folder, tmp_path, recorder):

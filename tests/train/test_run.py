@@ -14,6 +14,7 @@ from corelora.data.collate import ReplyCollator
 from corelora.errors import CoreLoraError
 from corelora.kernels.fast import set_fast
 from corelora.recipe import Recipe, read_tree
+from corelora.train.arguments import float32_products, precision_problems
 from corelora.train.run import build_model, train
 from corelora.train.tasks import TASKS, Rows, Task
 from corelora.train.trainer import ReplyTrainer
@@ -187,6 +188,25 @@ def test_the_path_of_a_run_is_its_own(folder, tmp_path):
         assert set_fast("auto") == "auto"
     finally:
         set_fast(before)
+
+
+@pytest.mark.parametrize(("gpu", "inside"), [(True, "high"), (False, "highest")])
+def test_products_of_a_run_are_its_own(gpu, inside, monkeypatch):
+    """`loop.precision: tf32` is for a GPU's products, and for the time of the run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    before = torch.get_float32_matmul_precision()
+    for precision, expected in (("tf32", inside), ("float32", before), ("auto", before)):
+        with float32_products(precision):
+            assert torch.get_float32_matmul_precision() == expected
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_tf32_is_refused_where_a_gpu_has_none(folder, monkeypatch):
+    recipe = make_recipe(folder, loop={"precision": "tf32"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, found in (((7, 5), ["loop.precision: this GPU has no TF32; use float32."]), ((9, 0), [])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert precision_problems(recipe, None) == found
 
 
 def test_accumulated_batches_are_one_large_batch(folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,15 @@ def precision_problems(recipe: Recipe, config: PretrainedConfig | None) -> list[
         found.append("loop.precision: float16 needs a GPU; use bfloat16 or float32 on a CPU.")
     if precision == "bfloat16" and cuda and not torch.cuda.is_bf16_supported():
         found.append("loop.precision: this GPU has no bfloat16; use float16.")
+    if precision == "tf32" and cuda and not has_tf32():
+        found.append("loop.precision: this GPU has no TF32; use float32.")
     if config is None:
         return found
     weights = weight_dtype(recipe.model, config)
-    if precision == "float32" and weights != torch.float32 and recipe.model.quantize is None:
-        found.append(f"loop.precision: float32 with weights in {_name(weights)}; set model.dtype to float32 as well.")
+    if precision in ("float32", "tf32") and weights != torch.float32 and recipe.model.quantize is None:
+        found.append(
+            f"loop.precision: {precision} with weights in {_name(weights)}; set model.dtype to float32 as well."
+        )
     if is_whole(recipe.method) and weights == torch.float16:
         found.append("model.dtype: training weights can't unscale gradients in float16; use float32 or bfloat16.")
     if recipe.loop.fold and (not is_corelora(recipe.method) or recipe.model.quantize is not None):
@@ -49,6 +55,27 @@ def precision_problems(recipe: Recipe, config: PretrainedConfig | None) -> list[
     if is_whole(recipe.method) and recipe.model.quantize is not None:
         found.append("model.quantize: quantised weights can't be trained; use a method with an adapter.")
     return found
+
+
+def has_tf32() -> bool:
+    """Whether the GPU rounds products of float32 where it is allowed to: NVIDIA's Ampere and what came after it."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """How products of float32 are made during a run: as the process has it, or in TF32 where the recipe says so.
+
+    Args:
+        precision: `loop.precision`; on a CPU `tf32` is float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32" and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def trial_problems(recipe: Recipe, config: PretrainedConfig, output: Path) -> list[str]:

@@ -19,7 +19,8 @@ from corelora.recipe import Recipe
 from corelora.train.out_of_memory import is_out_of_memory
 from corelora.train.processes import launched
 
-WIDTH = 64  # rows of tokens are padded to a multiple: few shapes, few graphs
+# Rows of tokens are padded to a multiple: few shapes, few graphs. Eight or so are few enough.
+WIDTH, SHAPES = 64, 8
 
 Passes = Callable[[dict[str, Tensor], Tensor | None], Tensor]  # (batch, items) to the loss; leaves gradients
 
@@ -166,7 +167,13 @@ def make_graphs(recipe: Recipe, model: nn.Module) -> StepGraphs | None:
 
 def row_multiple(recipe: Recipe) -> int | None:
     """What the lengths of batches are a multiple of, up to data.max_length; None where any length will do."""
-    return math.gcd(WIDTH, recipe.data.max_length) if has_graphs(recipe) else None
+    if not has_graphs(recipe):
+        return None
+    longest = recipe.data.max_length
+    width = math.gcd(WIDTH, longest)
+    while width % 2 == 0 and width * SHAPES > longest:
+        width //= 2
+    return width
 
 
 def has_graphs(recipe: Recipe) -> bool:

@@ -24,7 +24,7 @@ from corelora.kernels.fast import fast_path
 from corelora.measured import Stats
 from corelora.recipe import Recipe
 from corelora.train.adalora import AdaLoraSteps, adalora_of
-from corelora.train.arguments import training_arguments
+from corelora.train.arguments import float32_products, training_arguments
 from corelora.train.dry_run import check
 from corelora.train.finish import save_weights, summarize
 from corelora.train.folder import RunFolder, write_json
@@ -112,7 +112,8 @@ def make(recipe: Recipe, folder: RunFolder, standing: Standing) -> dict[str, Any
     standing.check_same(run.about)
     if is_main():
         folder.begin(recipe)
-    with fast_path(recipe.loop.fast), memory_advice(run):
+    loop = recipe.loop
+    with fast_path(loop.fast), float32_products(loop.precision), memory_advice(run):
         model = build_model(run)
         trainer = build_trainer(run, model, standing)
         metrics = run_trainer(trainer, run, standing)
