@@ -10,27 +10,23 @@ from __future__ import annotations
 import re
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import figures
 from key_tables import keys, recipe_parts, table
+from step_tables import fsdp2, host, profile, step_again, step_together
+from study_tables import dtd, known_runs, study
 
 import corelora
 from corelora.bench.floors import all_shapes, floor
-from corelora.bench.peers import Ranks, find_peer
+from corelora.bench.peers import Ranks
 from corelora.bench.tables import Table, layers_tables, serve_tables, start_tables, step_tables
-from corelora.compare.known import take_known
-from corelora.compare.session import start_study
 from corelora.compare.study import Finalists, Group, Published, Question, Study
-from corelora.compare.tables import group_leaders, leader_rows
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import studies  # noqa: E402
 
 
 def methods() -> str:
@@ -74,69 +70,6 @@ def bench(kind: str, name: str) -> Callable[[], str]:
     def made() -> str:
         run, results = _lines(name)
         return _benched(make(results, run))
-
-    return made
-
-
-def step_again() -> str:
-    """A second process on an H100, and how long the GPU itself was busy by a profile."""
-    known = figures.values()
-    rows = []
-    for name in ("inttune", "nora", "lora", "slora", "nlora"):
-        busy = [known[f"notes.busy-{name}{end}"] for end in ("", ".to") if f"notes.busy-{name}{end}" in known]
-        own = [known.get(f"step-h100-again.{name}.{key}") for key in ("ratio", "gib_over_base")]
-        ratio, memory = (
-            "-" if v is None else figures.shown(v, spec) for v, spec in zip(own, (".3f", ".2f"), strict=True)
-        )
-        rows.append([METHODS[name].title, ratio, memory, " to ".join(f"{v:.2f}" for v in busy)])
-    return table(["", "times base", "GiB over base", "GPU busy, times base"], rows)
-
-
-def step_together() -> str:
-    """Times over the base of two processes on H200s: layers of one input apart, and together."""
-    known = figures.values()
-    rows = []
-    for name in ("peft_lora", "inttune", "nora", "lora", "slora", "nlora", "nlora:folded"):
-        apart, together = ([known[f"step-h200-{which}.{name}.{key}"] for key in ("ratio", "ms")] for which in BOTH)
-        cells = [f"{ratio:.3f} ({ms:.0f})" for ratio, ms in (apart, together)]
-        rows.append([find_peer(name).title, *cells])
-    return table(["", "apart: times base (ms)", "together: times base (ms)"], rows)
-
-
-BOTH = ("apart", "together")
-
-
-def profile() -> str:
-    """How long the GPU is busy in compiled steps, beside the steps' wall time."""
-    data = figures.read("profile-compiled-h200.json")
-    base = data["rows"][0]
-    rows = [
-        [
-            find_peer(r["name"]).title,
-            *(f"{r[key]:.2f} ({r[key] / base[key]:.3f})" for key in ("wall_ms", "gpu_ms")),
-            str(r["kernels"]),
-        ]
-        for r in data["rows"]
-    ]
-    what = f"{data['what']}; {data['device']}, torch {data['torch']}, peft {data['peft']}."
-    return f"{what}\n\n" + table(["", "wall, ms (times base)", "GPU busy, ms (times base)", "kernels"], rows)
-
-
-def known_runs(name: str) -> Callable[[], str]:
-    """The leaders of a study's groups by its runs in docs/results/known, which need not be all of them."""
-
-    def made() -> str:
-        with tempfile.TemporaryDirectory() as place:
-            where = studies.words(name, "../shared/data")
-            folder = start_study(studies.files()[name], Path(place) / "study", where)
-            folder.save()
-            take_known(folder.root, [figures.RESULTS / "known" / f"{name.replace('/', '-')}.jsonl"])
-            parts = []
-            for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
-                found = [x for x in group_leaders(folder, group, runs) if x.runs or x.failed]
-                if found:
-                    parts.append(f"{group.name}:\n\n" + table(*leader_rows(folder, group, found)))
-        return "\n\n".join(parts)
 
     return made
 
@@ -186,35 +119,6 @@ def training(task: str, metric: str, percent: bool) -> Callable[[], str]:
         return table(["method", "lr", "trained", metric.removeprefix("test_").replace("_", " ")], rows)
 
     return made
-
-
-def study(name: str) -> Callable[[], str]:
-    """What a study took and the leaders of each of its groups, as `corelora compare ... --json` printed them."""
-
-    def made() -> str:
-        data = figures.read(name)
-        runs = {run["run"]: run.get("seconds", 0) for run in data["runs"]}  # two groups may share one
-        where = f"{data['versions']['device']}, {data['versions']['threads']} threads"
-        parts = [f"{len(runs)} runs, {sum(runs.values()) / 60:.1f} minutes of training; {where}."]
-        for group in data["groups"]:
-            parts.append(f"{group['name']}:\n\n{_leaders(group)}")
-        return "\n\n".join(parts)
-
-    return made
-
-
-def _leaders(group: dict[str, Any]) -> str:
-    rows = []
-    for leader in group["leaders"]:
-        spread = "" if leader["deviation"] is None else f" ± {leader['deviation']:.4f}"
-        score = "failed" if leader["mean"] is None else f"{leader['mean']:.4f}{spread}"
-        tuned = ", ".join(f"{axis} {value}" for axis, value in leader["best_at"].items())
-        trained = "" if leader["trained_parameters"] is None else f"{leader['trained_parameters']:,.0f}"
-        same = " ≈" if leader["within_noise_of_best"] else ""
-        rows.append([*leader["setting"].values(), tuned, score + same, str(len(leader["scores"])), trained])
-    header = [*group["leaders"][0]["setting"], "best at", group["score"].replace("_", " "), "seeds", "trained"]
-    kept = [n for n in range(len(header)) if any(row[n] for row in rows)]
-    return table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])
 
 
 def clip() -> str:
@@ -359,7 +263,11 @@ TABLES = {
     "step-h100": bench("step", "step-h100.jsonl"),
     "step-h100-again": step_again,
     "step-together": step_together,
-    "profile-compiled": profile,
+    "profile-compiled": profile("profile-compiled-h200.json"),
+    "profile-graphs": profile("profile-graphs-h200.json"),
+    "host": host,
+    "fsdp2": fsdp2,
+    "dtd": dtd,
     "init-h200": bench("init", "init-h200.jsonl"),
     "known-methods": known_runs("smollm2-gsm8k/methods"),
     "known-nlora": known_runs("smollm2-gsm8k/nlora"),

@@ -1,0 +1,92 @@
+"""Tables of training steps: what more than one file, or another program than `corelora bench`, has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import figures
+from key_tables import table
+
+from corelora.bench.peers import find_peer
+from corelora.registry import METHODS
+
+BOTH = ("apart", "together")
+
+
+def step_again() -> str:
+    """A second process on an H100, and how long the GPU itself was busy by a profile."""
+    known = figures.values()
+    rows = []
+    for name in ("inttune", "nora", "lora", "slora", "nlora"):
+        busy = [known[f"notes.busy-{name}{end}"] for end in ("", ".to") if f"notes.busy-{name}{end}" in known]
+        own = [known.get(f"step-h100-again.{name}.{key}") for key in ("ratio", "gib_over_base")]
+        ratio, memory = (
+            "-" if v is None else figures.shown(v, spec) for v, spec in zip(own, (".3f", ".2f"), strict=True)
+        )
+        rows.append([METHODS[name].title, ratio, memory, " to ".join(f"{v:.2f}" for v in busy)])
+    return table(["", "times base", "GiB over base", "GPU busy, times base"], rows)
+
+
+def step_together() -> str:
+    """Times over the base of two processes on H200s: layers of one input apart, and together."""
+    known = figures.values()
+    rows = []
+    for name in ("peft_lora", "inttune", "nora", "lora", "slora", "nlora", "nlora:folded"):
+        apart, together = ([known[f"step-h200-{which}.{name}.{key}"] for key in ("ratio", "ms")] for which in BOTH)
+        cells = [f"{ratio:.3f} ({ms:.0f})" for ratio, ms in (apart, together)]
+        rows.append([find_peer(name).title, *cells])
+    return table(["", "apart: times base (ms)", "together: times base (ms)"], rows)
+
+
+def profile(name: str) -> Callable[[], str]:
+    """How long the GPU is busy in compiled steps, beside the steps' wall time."""
+
+    def made() -> str:
+        data = figures.read(name)
+        base = data["rows"][0]
+        rows = [
+            [
+                find_peer(r["name"]).title,
+                *(f"{r[key]:.2f} ({r[key] / base[key]:.3f})" for key in ("wall_ms", "gpu_ms")),
+                str(r["kernels"]),
+            ]
+            for r in data["rows"]
+        ]
+        return f"{_what(data)}\n\n" + table(["", "wall, ms (times base)", "GPU busy, ms (times base)", "kernels"], rows)
+
+    return made
+
+
+def host() -> str:
+    """What a step costs the host."""
+    data = figures.read("host-h200.json")
+    rows = [[find_peer(r["name"]).title, f"{r['ms']:.1f}", f"{r['p10']:.1f} to {r['p90']:.1f}"] for r in data["rows"]]
+    return f"{_what(data)}\n\n" + table(["", "ms", "p10 to p90"], rows)
+
+
+def fsdp2() -> str:
+    """Visits of one GPU and of two, as `benchmarks/fsdp2.py` printed them, and their ratio."""
+    rows, visits = [], []
+    for line in figures.lines("fsdp2-h200.jsonl"):
+        if line["kind"] == "visit":
+            visits.append(line)
+            continue
+        kept = "whole between the passes" if line["request"]["keep_gathered"] else "gathered anew"
+        for devices in (1, line["devices"]):
+            own = [v for v in visits if v["devices"] == devices]
+            speed = " and ".join(f"{v['tokens_per_second']:,.0f}" for v in own)
+            times = " and ".join(f"{v['ms']:.0f} ({v['p10']:.0f} to {v['p90']:.0f})" for v in own)
+            ratio = "" if devices == 1 else f"{line['ratio']:.2f}"
+            gib = f"{max(v['gib'] for v in own):.1f}"
+            rows.append([str(devices), "-" if devices == 1 else kept, speed, times, gib, ratio])
+        visits = []
+    request = line["request"]
+    tokens = f"{request['batch']} x {request['length']} tokens a GPU"
+    what = f"{line['device']}, {request['method']}, r = {request['r']}, {tokens}"
+    header = ["GPUs", "layers", "tokens a second", "a step, ms (p10 to p90)", "peak GiB a GPU", "ratio"]
+    return f"{what}, {request['steps']} steps a visit.\n\n" + table(header, rows)
+
+
+def _what(data: dict[str, Any]) -> str:
+    return f"{data['what']}; {data['device']}, torch {data['torch']}, peft {data['peft']}."

@@ -1,0 +1,108 @@
+"""Tables of studies: of the runs that are kept in docs/results, and of what a study printed."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import figures
+from key_tables import table
+
+from corelora.compare.folder import StudyFolder
+from corelora.compare.known import take_known
+from corelora.compare.leaders import Leader
+from corelora.compare.session import start_study
+from corelora.compare.tables import group_leaders, leader_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import studies
+
+
+@contextmanager
+def known_study(name: str) -> Iterator[StudyFolder]:
+    """A study with the runs of docs/results/known, which need not be all of them."""
+    with tempfile.TemporaryDirectory() as place:
+        where = studies.words(name, "../shared/data")
+        folder = start_study(studies.files()[name], Path(place) / "study", where)
+        folder.save()
+        take_known(folder.root, [figures.RESULTS / "known" / f"{name.replace('/', '-')}.jsonl"])
+        yield folder
+
+
+def dtd() -> str:
+    """Few-shot runs on textures, each beside the head alone with the same seed, and so the same pictures."""
+    with known_study("dtd-efficientnet") as folder:
+        parts = [
+            f"{group.name}:\n\n{_beside_head(group_leaders(folder, group, runs))}"
+            for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True)
+        ]
+    return "\n\n".join(parts)
+
+
+def above_head(found: Sequence[Leader], method: str) -> tuple[float, float]:
+    """(mean, deviation) of how much better a method is than the head alone, seed by seed."""
+    scores = {dict(x.setting)["method"]: {r.run.seed: r.figure("test_accuracy") or 0.0 for r in x.runs} for x in found}
+    gains = [value - scores["head"][seed] for seed, value in scores[method].items()]
+    return statistics.fmean(gains), statistics.stdev(gains)
+
+
+def _beside_head(found: Sequence[Leader]) -> str:
+    rows = []
+    for leader in found:
+        method = dict(leader.setting)["method"]
+        gain = "-" if method == "head" else "{:+.4f} ± {:.4f}".format(*above_head(found, method))
+        score = f"{leader.mean:.4f} ± {statistics.stdev(leader.scores):.4f}"
+        rate = " ".join(f"{value}" for _, value in leader.tuned)
+        numbers = [leader.average(name) or 0.0 for name in ("trained_parameters", "seconds")]
+        rows.append([method, rate, score, gain, *(f"{n:,.0f}" for n in numbers)])
+    header = ["method", "best rate", "test accuracy", "above the head, same pictures", "trained", "seconds"]
+    return table(header, rows)
+
+
+def known_runs(name: str) -> Callable[[], str]:
+    """The leaders of a study's groups by its runs in docs/results/known, which need not be all of them."""
+
+    def made() -> str:
+        with known_study(name) as folder:
+            parts = []
+            for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+                found = [x for x in group_leaders(folder, group, runs) if x.runs or x.failed]
+                if found:
+                    parts.append(f"{group.name}:\n\n" + table(*leader_rows(folder, group, found)))
+        return "\n\n".join(parts)
+
+    return made
+
+
+def study(name: str) -> Callable[[], str]:
+    """What a study took and the leaders of each of its groups, as `corelora compare ... --json` printed them."""
+
+    def made() -> str:
+        data = figures.read(name)
+        runs = {run["run"]: run.get("seconds", 0) for run in data["runs"]}  # two groups may share one
+        where = f"{data['versions']['device']}, {data['versions']['threads']} threads"
+        parts = [f"{len(runs)} runs, {sum(runs.values()) / 60:.1f} minutes of training; {where}."]
+        for group in data["groups"]:
+            parts.append(f"{group['name']}:\n\n{_leaders(group)}")
+        return "\n\n".join(parts)
+
+    return made
+
+
+def _leaders(group: dict[str, Any]) -> str:
+    rows = []
+    for leader in group["leaders"]:
+        spread = "" if leader["deviation"] is None else f" ± {leader['deviation']:.4f}"
+        score = "failed" if leader["mean"] is None else f"{leader['mean']:.4f}{spread}"
+        tuned = ", ".join(f"{axis} {value}" for axis, value in leader["best_at"].items())
+        trained = "" if leader["trained_parameters"] is None else f"{leader['trained_parameters']:,.0f}"
+        same = " ≈" if leader["within_noise_of_best"] else ""
+        rows.append([*leader["setting"].values(), tuned, score + same, str(len(leader["scores"])), trained])
+    header = [*group["leaders"][0]["setting"], "best at", group["score"].replace("_", " "), "seeds", "trained"]
+    kept = [n for n in range(len(header)) if any(row[n] for row in rows)]
+    return table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])
