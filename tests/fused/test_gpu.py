@@ -124,17 +124,18 @@ def test_training_follows_the_reference(method, autocast, checkpointing):
     assert curves[1][-1] < curves[1][0] - 0.1
 
 
-def _adapted_llama(method: str, dtype: torch.dtype) -> nn.Module:
+def _adapted_llama(method: str, dtype: torch.dtype, wide: bool = False) -> nn.Module:
     torch.manual_seed(1)
     config = CoreLoraConfig(method=method, r=8, target_modules="all-linear", stats="weight", init_weights=False)
-    return get_peft_model(_llama().to(dtype), config, autocast_adapter_dtype=False)
+    return get_peft_model(_llama().to(dtype), config, autocast_adapter_dtype=wide)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["factors in its type", "factors in float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_layers_of_one_input_together(method, dtype):
+def test_layers_of_one_input_together(method, dtype, wide):
     """q, k and v, gate and up as one operation each: gradients are as near to float64's as those of layers apart."""
-    model = _adapted_llama(method, dtype)
+    model = _adapted_llama(method, dtype, wide)
     exact = copy.deepcopy(model).double()
     ids = torch.randint(0, 100, (4, 33), device="cuda")
     set_fast("off")

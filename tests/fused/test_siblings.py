@@ -126,6 +126,25 @@ def test_leading_columns_are_put_back_once_for_all(method, extra, times, monkeyp
     assert len(held) == times
 
 
+@pytest.mark.parametrize("used", ["qkv", "kv", "q"])
+@pytest.mark.parametrize("method", ["lora", "slora", "nlora", "inttune", "nora", "pissa", "lora_fa"])
+def test_factors_in_float32_beside_narrow_weights(method, used, monkeypatch):
+    """All factors of a group are cast in one kernel a pass; gradients are in the factors' type."""
+    model, x = adapted(method), torch.randn(4, 37, dtype=torch.bfloat16)
+    for layer in (model.q, model.k, model.v):
+        layer.base_layer.to(torch.bfloat16)
+    grouped(model, x)
+    casts, cast = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *given: casts.append(len(given[0])) or cast(*given))
+    found = outcome(model, x, used)
+    assert len(casts) == (1 if method == "inttune" and used == "q" else 2)
+    expected = plain(model, x, used)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        _close(a.float(), b.float(), torch.bfloat16)
+
+
 @pytest.mark.parametrize("used", ["q", "k", "qv", "kv"])
 @pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
 def test_outputs_that_nobody_uses(method, used):

@@ -22,33 +22,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu, scaled_product, typed
+from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu, scaled_product
+from corelora.kernels.narrow import narrowed, typed
 from corelora.kernels.products import Side, Small, apply_form, through
 
 
-def _in_type(chain: Chain, dtype: torch.dtype) -> Chain:
-    return tuple([typed(matrix, dtype) for matrix in chain])
+def read_side(R: Tensor | None, layout: Layout) -> Side:
+    """The reading side; R in the type of the features."""
+    return Side(R, layout.rows, layout.row_index)
 
 
-def read_side(R: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
-    """The reading side, in the type of the features."""
-    return Side(R if R is None else typed(R, dtype), layout.rows, layout.row_index)
-
-
-def write_side(L: Tensor | None, layout: Layout, dtype: torch.dtype) -> Side:
+def write_side(L: Tensor | None, layout: Layout) -> Side:
     """The writing side, likewise."""
-    if L is not None:
-        L = typed(L, dtype).t()
-    return Side(L, layout.cols, layout.col_index)
+    return Side(L if L is None else L.t(), layout.cols, layout.col_index)
 
 
 def run_forward(
     x: Tensor, W: Tensor, bias: Tensor | None, R: Tensor | None, L: Tensor | None, chain: Chain, layout: Layout
 ) -> tuple[Tensor, list[Tensor]]:
     """(y[..., o], [U[T,p], ..., F[T,q]]) as `apply_form` gives them."""
-    dtype = x.dtype
-    read, write = read_side(R, layout, dtype), write_side(L, layout, dtype)
-    small = Small(_in_type(chain, dtype), layout.scale)
+    R, L, chain = _narrow(R, L, chain, x.dtype)
+    read, write, small = read_side(R, layout), write_side(L, layout), Small(chain, layout.scale)
     if x.dim() == 2:
         return apply_form(x, W, bias, read, write, small)
     y, features = apply_form(x.reshape(-1, x.shape[-1]), W, bias, read, write, small)
@@ -75,10 +69,10 @@ def run_backward(
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """([dx, dR, dL], [V[T,q], ...]) of the form: gradients, None where `needs` says that nobody asks, and the features
     of dy before and between the matrices of G^T, from which G's gradient follows."""
-    W, R, L, dtype = saved.W, saved.R, saved.L, dy.dtype
+    W, scale = saved.W, saved.layout.scale
     flat = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
-    read, write = read_side(R, saved.layout, dtype), write_side(L, saved.layout, dtype)
-    chain, scale = _in_type(saved.chain, dtype), saved.layout.scale
+    R, L, chain = _narrow(saved.R, saved.L, saved.chain, dy.dtype)
+    read, write = read_side(R, saved.layout), write_side(L, saved.layout)
     small = Small(tuple([matrix.t() for matrix in reversed(chain)]), scale)
     dx = dR = dL = None
     if needs[0]:
@@ -86,14 +80,14 @@ def run_backward(
         dx = out if dy.dim() == 2 else out.view(*dy.shape[:-1], W.shape[1])
     else:  # the first layer: no input gradient, only the factors'
         features = through(flat @ write.rows(W.t()).t(), small.chain)
-    if needs[1] and saved.x is not None and R is not None:
+    if needs[1] and saved.x is not None and saved.R is not None:
         H = features[-1]  # R is stored, so its gradient's features stood alone
-        H1 = H[:, : R.shape[0]] if read.count else H
-        dR = typed(scaled_product(H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), scale), R.dtype)
-    if needs[2] and L is not None:
-        n, kept = L.shape[1], saved.features
+        H1 = H[:, : saved.R.shape[0]] if read.count else H
+        dR = typed(scaled_product(H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), scale), saved.R.dtype)
+    if needs[2] and saved.L is not None:
+        n, kept = saved.L.shape[1], saved.features
         F = kept[-1] if saved.has_F else through(kept[0], _rows_of(chain, n))[-1]
-        dL = typed(scaled_product(flat.t(), F[:, :n], scale), L.dtype)
+        dL = typed(scaled_product(flat.t(), F[:, :n], scale), saved.L.dtype)
     return [dx, dR, dL], features
 
 
@@ -109,8 +103,15 @@ def _prepared(form: Form, cpu: bool, dtype: torch.dtype) -> tuple[Tensor | None,
         G = maker.expand(C, D)
         return R, L, () if G is None else (G,), maker.layout
     # Wider factors are made narrow once for both passes, which on a GPU would be kept memory.
-    R, L = (None if factor is None else typed(factor, dtype) for factor in (R, L))
-    return R, L, _in_type(maker.chain(C, D), dtype), maker.cpu_layout
+    return *_narrow(R, L, maker.chain(C, D), dtype), maker.cpu_layout
+
+
+def _narrow(
+    R: Tensor | None, L: Tensor | None, chain: Chain, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Chain]:
+    """R, L and the chain of G in the type of the features."""
+    (R, L, *matrices), _ = narrowed((R, L, *chain), dtype)
+    return R, L, tuple([m for m in matrices if m is not None])
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

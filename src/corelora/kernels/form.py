@@ -21,6 +21,7 @@ from torch import Tensor
 
 from corelora.adapter import CoreAdapter, Factors
 from corelora.factor import Factor
+from corelora.kernels.narrow import typed
 
 Chain = tuple[Tensor, ...]  # G as matrices that are applied to features in turn; none: the identity
 
@@ -73,11 +74,6 @@ class Form(NamedTuple):
     C: Tensor | None
     D: Tensor | None
     maker: FormMaker
-
-
-def typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a type; `Tensor.to` looks so long at one that has it already that small models would see it."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:

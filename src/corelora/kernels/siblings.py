@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from corelora.kernels.core_linear import below_autograd, direct_apply, read_side, write_side
 from corelora.kernels.edit import add_columns, hold_columns, put_back
-from corelora.kernels.form import Form, FormMaker, Layout, scaled_product, typed
+from corelora.kernels.form import Form, FormMaker, Layout, scaled_product
+from corelora.kernels.narrow import narrowed, typed
 from corelora.kernels.products import Order, Side, Small, apply_form, choose_order, edits, through, write_form
 
 
@@ -33,10 +34,10 @@ class Member:
     Attributes:
         W: [o,i].
         bias: [o] or None.
-        R, L: as in core_linear.py, in their own types.
-        small: G, in the type of the features.
+        R, L: as in core_linear.py, in the type of the features.
+        small: G, likewise.
         layout: as in core_linear.py.
-        needs_R, needs_L: whether they learn.
+        wants_R, wants_L: the types that their gradients have; None where they don't learn.
     """
 
     W: Tensor
@@ -45,29 +46,50 @@ class Member:
     L: Tensor | None
     small: Small
     layout: Layout
-    needs_R: bool
-    needs_L: bool
+    wants_R: torch.dtype | None
+    wants_L: torch.dtype | None
 
 
-def forward_all(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], list[Tensor]]:
+@dataclass(slots=True)
+class Team:
+    """The layers of a group in one pass.
+
+    Attributes:
+        members: in the order of their calls.
+        stored: all their R, one below the other, where casting has put them so.
+    """
+
+    members: list[Member]
+    stored: Tensor | None
+
+    def joined(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows that read the input as one matrix."""
+        whole = self.stored is not None and len(rows) == len(self.members)
+        if self.stored is not None and whole and all(m.R is row for m, row in zip(self.members, rows, strict=True)):
+            return self.stored
+        return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
+
+
+def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     """([y[T,o], ...], [U[T,p], ...]) for x[T,i]."""
+    members = team.members
     rows, writes, apart = [], [], []
     for m in members:
-        read, write = Side(m.R, m.layout.rows, m.layout.row_index), write_side(m.L, m.layout, x.dtype)
+        read, write = read_side(m.R, m.layout), write_side(m.L, m.layout)
         writes.append(write)
         apart.append(choose_order(m.W.shape[0], x.shape[1], read, write, x) is not Order.BEFORE)
         if not apart[-1]:
             rows += _rows(read, m.W)
     parts: Any = ()
     if rows:
-        thin = x @ _joined(rows, x.dtype).t()
+        thin = x @ team.joined(rows).t()
         parts = iter(thin.split([_count(m) for m, alone in zip(members, apart, strict=True) if not alone], dim=1))
     count = None if any(apart) else _edited_columns(x, members, writes)
     held = None if count is None else hold_columns(x, count)
     ys, features = [], []
     for m, write, alone in zip(members, writes, apart, strict=True):
         if alone:
-            y, own = apply_form(x, m.W, m.bias, read_side(m.R, m.layout, x.dtype), write, m.small)
+            y, own = apply_form(x, m.W, m.bias, read_side(m.R, m.layout), write, m.small)
         else:
             y, own = write_form(x, m.W, m.bias, next(parts), write, m.small, held)
         ys.append(y)
@@ -97,34 +119,28 @@ def _count(m: Member) -> int:
     return (0 if m.R is None else m.R.shape[0]) + m.layout.rows
 
 
-def _joined(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Rows as one matrix, in the type of the features: of one type they are cast once, together."""
-    if len({row.dtype for row in rows}) > 1:
-        rows = [typed(row, dtype) for row in rows]
-    return typed(rows[0] if len(rows) == 1 else torch.cat(tuple(rows)), dtype)
-
-
 def backward_all(
-    dys: Sequence[Tensor], members: Sequence[Member], x: Tensor | None, thin: Sequence[Tensor], needs_x: bool
+    dys: Sequence[Tensor], team: Team, x: Tensor | None, thin: Sequence[Tensor], needs_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor]]:
     """(dx[T,i], [dR, ...], [dL, ...], [V[T,q], ...]); None where nobody asks.
 
     Args:
         dys: gradients [T,o] of the outputs.
-        members: whose they are.
+        team: whose they are.
         x: [T,i], where some R learns.
         thin: U of each member.
         needs_x: whether dx is wanted.
     """
-    V = [dy @ write_side(m.L, m.layout, dy.dtype).rows(m.W.t()).t() for dy, m in zip(dys, members, strict=True)]
+    members = team.members
+    V = [dy @ write_side(m.L, m.layout).rows(m.W.t()).t() for dy, m in zip(dys, members, strict=True)]
     # H = V G, where more is done with it than one edit, which applies G itself.
     thick = [
         None if m.R is None and m.layout.rows and m.small.chain else _thick(v, m)
         for v, m in zip(V, members, strict=True)
     ]
-    dx = _input_gradient(dys, members, V, thick) if needs_x else None
+    dx = _input_gradient(dys, team, V, thick) if needs_x else None
     dRs = _reading_gradients(members, thick, x)
-    dLs = [_writing_gradient(dy, m, U) if m.needs_L else None for dy, m, U in zip(dys, members, thin, strict=True)]
+    dLs = [_writing_gradient(dy, m, U) for dy, m, U in zip(dys, members, thin, strict=True)]
     return dx, dRs, dLs, V
 
 
@@ -134,14 +150,13 @@ def _thick(V: Tensor, m: Member) -> Tensor:
     return H if m.small.scale == 1 else H * m.small.scale
 
 
-def _input_gradient(
-    dys: Sequence[Tensor], members: Sequence[Member], V: Sequence[Tensor], thick: Sequence[Tensor | None]
-) -> Tensor:
+def _input_gradient(dys: Sequence[Tensor], team: Team, V: Sequence[Tensor], thick: Sequence[Tensor | None]) -> Tensor:
     """dx: stored and copied rows in one product, slices by an edit of dy, the base products added to it."""
+    members = team.members
     columns, rows = [], []
     edited: list[tuple[Tensor, Tensor | None] | None] = []
     for dy, m, v, H in zip(dys, members, V, thick, strict=True):
-        read = Side(m.R, m.layout.rows, m.layout.row_index)
+        read = read_side(m.R, m.layout)
         by_edit = edits(dy, read, bool(m.small.chain), m.W.shape[1])
         if H is None and by_edit:
             edited.append((v, m.small.chain[0].t()))
@@ -154,7 +169,7 @@ def _input_gradient(
             rows += [m.R] if by_edit and m.R is not None else _rows(read, m.W)
     dx: Tensor | None = None
     if columns:
-        dx = (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)) @ _joined(rows, dys[0].dtype)
+        dx = (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)) @ team.joined(rows)
     for dy, m, part in zip(dys, members, edited, strict=True):
         place = None if part is None else add_columns(dy, *part, m.layout.row_index)
         dx = dy @ m.W if dx is None else dx.addmm_(dy, m.W)
@@ -169,9 +184,9 @@ def _reading_gradients(
 ) -> list[Tensor | None]:
     """[dR[n,i], ...] where R learns: one product, whose rows are theirs."""
     own = [
-        (H[:, : m.R.shape[0]], m.R.dtype)
+        (H[:, : m.R.shape[0]], m.wants_R)
         for m, H in zip(members, thick, strict=True)
-        if m.needs_R and m.R is not None and H is not None
+        if m.wants_R is not None and m.R is not None and H is not None
     ]
     if not own or x is None:
         return [None] * len(members)
@@ -179,15 +194,16 @@ def _reading_gradients(
     if len({dtype for _, dtype in own}) == 1:
         whole = typed(whole, own[0][1])
     parts = iter(whole.split([H.shape[1] for H, _ in own]))
-    return [typed(next(parts), m.R.dtype) if m.needs_R and m.R is not None else None for m in members]
+    return [None if m.R is None or m.wants_R is None else typed(next(parts), m.wants_R) for m in members]
 
 
-def _writing_gradient(dy: Tensor, m: Member, U: Tensor) -> Tensor:
-    """dL[o,n] = dy^T F, with F made again."""
-    assert m.L is not None
+def _writing_gradient(dy: Tensor, m: Member, U: Tensor) -> Tensor | None:
+    """dL[o,n] = dy^T F where L learns, with F made again."""
+    if m.L is None or m.wants_L is None:
+        return None
     n, chain = m.L.shape[1], m.small.chain
     F = through(U, (*chain[:-1], chain[-1][:n]) if chain else ())[-1][:, :n]
-    return typed(scaled_product(dy.t(), F, m.small.scale), m.L.dtype)
+    return typed(scaled_product(dy.t(), F, m.small.scale), m.wants_L)
 
 
 PER_MEMBER = 6  # W, bias, R, L, C, D
@@ -204,13 +220,12 @@ class _Siblings(torch.autograd.Function):
         given = [tensors[at : at + PER_MEMBER] for at in range(0, len(tensors), PER_MEMBER)]
         with below_autograd():
             grams = [maker.expand(C, D) for maker, (*_, C, D) in zip(makers, given, strict=True)]
-            members = [
-                _member(t, G, maker.layout, x.dtype, needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n])
-                for n, (t, G, maker) in enumerate(zip(given, grams, makers, strict=True))
-            ]
-            ys, thin = forward_all(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), members)
+            team = _team(
+                given, grams, makers, x.dtype, [needs[4 + n : 6 + n] for n in range(0, len(tensors), PER_MEMBER)]
+            )
+            ys, thin = forward_all(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), team)
         ctx.makers, ctx.shape = makers, x.shape
-        keeps_x = any(m.needs_R for m in members)
+        keeps_x = any(m.wants_R is not None for m in team.members)
         ctx.save_for_backward(x if keeps_x else None, *tensors, *grams, *thin)
         # No views: views among several outputs must not be changed in place, and what follows may want to.
         return tuple(ys) if x.dim() == 2 else tuple([_unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys])
@@ -236,18 +251,15 @@ def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
     if not here:
         return tuple(out)
     flat = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys if dy is not None]
-    members = [
-        _member(
-            rest[PER_MEMBER * n : PER_MEMBER * (n + 1)],
-            grams[n],
-            makers[n].layout,
-            flat[0].dtype,
-            needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n],
-        )
-        for n in here
-    ]
+    team = _team(
+        [rest[PER_MEMBER * n : PER_MEMBER * (n + 1)] for n in here],
+        [grams[n] for n in here],
+        [makers[n] for n in here],
+        flat[0].dtype,
+        [needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n] for n in here],
+    )
     kept = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    dx, dRs, dLs, V = backward_all(flat, members, kept, [thin[n] for n in here], needs[0])
+    dx, dRs, dLs, V = backward_all(flat, team, kept, [thin[n] for n in here], needs[0])
     out[0] = None if dx is None else dx.view(ctx.shape)
     for n, dR, dL, v in zip(here, dRs, dLs, V, strict=True):
         at = 2 + PER_MEMBER * n
@@ -258,13 +270,32 @@ def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def _member(
-    tensors: Sequence[Any], G: Tensor | None, layout: Layout, dtype: torch.dtype, needs: Sequence[bool]
-) -> Member:
-    """A member from W, bias, R, L and G; `needs` is of R and L."""
-    W, bias, R, L, *_ = tensors
-    chain = () if G is None else (typed(G, dtype),)
-    return Member(W, bias, R, L, Small(chain, layout.scale), layout, *needs)
+def _team(
+    given: Sequence[Sequence[Any]],
+    grams: Sequence[Tensor | None],
+    makers: Sequence[FormMaker],
+    dtype: torch.dtype,
+    needs: Sequence[Sequence[bool]],
+) -> Team:
+    """Members of W, bias, R, L and what follows, with G, all factors in one type; `needs` is of R and L."""
+    count, stored = len(given), [t[2] for t in given]
+    cast, block = narrowed([*stored, *(t[3] for t in given), *grams], dtype)
+    members = [
+        Member(
+            *(t[0], t[1], R, L),
+            Small(() if G is None else (G,), maker.layout.scale),
+            maker.layout,
+            t[2].dtype if need[0] and R is not None else None,
+            t[3].dtype if need[1] and L is not None else None,
+        )
+        for t, R, L, G, maker, need in zip(
+            given, cast[:count], cast[count : 2 * count], cast[2 * count :], makers, needs, strict=True
+        )
+    ]
+    if block is None or any(R is None or R.dtype == dtype for R in stored):
+        return Team(members, None)
+    width = stored[0].shape[1]
+    return Team(members, block[: sum(R.numel() for R in stored)].view(-1, width))
 
 
 def siblings(x: Tensor, members: Sequence[tuple[Tensor, Tensor | None, Form]]) -> tuple[Tensor, ...]:
@@ -277,7 +308,12 @@ def siblings(x: Tensor, members: Sequence[tuple[Tensor, Tensor | None, Form]]) -
     if torch.is_grad_enabled():
         tensors = [t for W, bias, form in members for t in (W, bias, *form[:4])]
         return _apply_siblings(x, [form.maker for _, _, form in members], *tensors)
-    flat, given = x.reshape(-1, x.shape[-1]), []
-    for W, bias, (R, L, C, D, maker) in members:
-        given.append(_member((W, bias, R, L), maker.expand(C, D), maker.layout, x.dtype, (False, False)))
-    return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in forward_all(flat, given)[0]])
+    flat, forms = x.reshape(-1, x.shape[-1]), [form for _, _, form in members]
+    team = _team(
+        [(W, bias, form.R, form.L) for W, bias, form in members],
+        [form.maker.expand(form.C, form.D) for form in forms],
+        [form.maker for form in forms],
+        x.dtype,
+        [(False, False)] * len(members),
+    )
+    return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in forward_all(flat, team)[0]])
