@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import corelora
@@ -183,6 +184,22 @@ def test_inputs_that_are_views(method, order):
         fused = fused_forward(x, layer.base_layer, _maker(layer))
         for a, b in zip([fused, *_grads(fused, x, layer, dy)], expected, strict=True):
             _close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
+def test_recomputed_passes(method):
+    """Checkpointing makes saved tensors again inside the backward pass, where autograd must record as before."""
+    layer = _layer(method, "default", {}, torch.float32)
+    x = torch.randn(4, 37, requires_grad=True)
+    maker, outcomes = _maker(layer), []
+
+    def run(x: Tensor) -> Tensor:
+        return fused_forward(x.tanh(), layer.base_layer, maker).tanh()
+
+    for y in (run(x), checkpoint(run, x, use_reentrant=False)):
+        outcomes.append([y, *_grads(y, x, layer, torch.ones_like(y))])
+    for a, b in zip(*outcomes, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_x_is_saved_only_where_a_learns():

@@ -149,17 +149,20 @@ class _CoreLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         # A second derivative would miss what goes through the features: it is refused, not wrong.
-        if torch.is_grad_enabled():
-            return once_differentiable(_gradients)(ctx, dy)
-        with below_autograd():
-            return _gradients(ctx, dy)
+        return once_differentiable(_gradients)(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
 
 
 _apply_core_linear = direct_apply(_CoreLinear)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, W, R, L, C, D, *rest = ctx.saved_tensors
+    kept = ctx.saved_tensors  # under checkpointing they are made again here, by passes that autograd must see
+    with below_autograd():
+        return _from_kept(ctx, kept, dy)
+
+
+def _from_kept(ctx: Any, kept: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, W, R, L, C, D, *rest = kept
     n, maker, features = ctx.needs_input_grad, ctx.maker, rest[ctx.links :]
     saved = Saved(x, W, R, L, tuple(rest[: ctx.links]), features, ctx.layout, has_F=ctx.on_cpu)
     (dx, dR, dL), V = run_backward(dy, saved, (n[0], n[3], n[4]))

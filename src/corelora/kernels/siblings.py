@@ -232,17 +232,21 @@ class _Siblings(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            return once_differentiable(_gradients)(ctx, *dys)
-        with below_autograd():
-            return _gradients(ctx, *dys)
+        run = once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients
+        return run(ctx, *dys)
 
 
 _apply_siblings = direct_apply(_Siblings)
 
 
 def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-    x, *rest = ctx.saved_tensors
+    kept = ctx.saved_tensors  # outside, as in core_linear.py
+    with below_autograd():
+        return _from_kept(ctx, kept, dys)
+
+
+def _from_kept(ctx: Any, saved: tuple[Any, ...], dys: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, *rest = saved
     makers, needs = ctx.makers, ctx.needs_input_grad
     count = len(makers)
     thin, grams = rest[-count:], rest[-2 * count : -count]
