@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from compare.helpers import opened, write_study
@@ -19,14 +21,16 @@ GROUP = {
 }
 
 
-def walked(study, losses, monkeypatch):
+def walked(study, losses, monkeypatch, write=None):
     """(rates of each method in the order in which a session made them, whether it called itself whole).
 
     Args:
         study: its folder.
         losses: of (method, rate); runs without one fail.
         monkeypatch: pytest's.
+        write: what a run leaves; its loss, if not given.
     """
+    write = write or write_loss
     made = {method: [] for method in GROUP["axes"]["method"]}
 
     def run(self, tasks, more=tuple):
@@ -44,7 +48,7 @@ def walked(study, losses, monkeypatch):
     return made, session.run()
 
 
-def write(planned, study, loss):
+def write_loss(planned, study, loss):
     place = planned.folder(study.root)
     place.mkdir(parents=True)
     name, text = ("failed.json", '{"error": "nan", "kind": "other"}') if loss is None else ("results.json", "")
@@ -75,6 +79,21 @@ def test_usable_rates_are_followed_too(folder, tmp_path, monkeypatch):
     made, _ = walked(opened(tmp_path, folder, [GROUP]), losses, monkeypatch)
     assert made["lora"] == [1e-3, 1e-4, 1e-2, 1e-5]
     assert made["nlora"] == [1e-3, 1e-4, 1e-2, 1e-5]
+
+
+def test_usable_rates_are_not_followed_where_another_figure_decides(folder, tmp_path, monkeypatch):
+    """A loss that is as low at rates that are too high leads nowhere when accuracy says so."""
+    losses = {(method, r): 0.5 for method in ("lora", "nlora") for r in RATES}
+    study = opened(tmp_path, folder, [GROUP], score="test_accuracy")
+    made, _ = walked(study, losses, monkeypatch, write_accuracy)
+    assert made == {"lora": [1e-3, 1e-4, 1e-2], "nlora": [1e-3, 1e-4, 1e-2]}
+
+
+def write_accuracy(planned, study, loss):
+    place = planned.folder(study.root)
+    place.mkdir(parents=True)
+    accuracy = 0.9 - abs(planned.recipe.optim.lr - 1e-3)
+    (place / "results.json").write_text(json.dumps({"test_loss": loss, "test_accuracy": accuracy}))
 
 
 def test_rates_to_begin_with_are_checked(folder, tmp_path):

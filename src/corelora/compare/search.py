@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corelora.compare.leaders import Leader, by_setting, leader_of
+from corelora.compare.leaders import LOSS, Leader, by_setting, leader_of
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
@@ -14,7 +14,8 @@ def asked(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> li
 
     Each compared setting begins with the rates of `group.begin` and goes on to the next one above or below while the
     best rate, or one within 1 % of its loss, is the highest or lowest of those tried. Where all fail, lower ones
-    follow.
+    follow. Where another figure than the loss decides, the best alone is followed: at rates that are too high a
+    classifier's losses are all alike.
 
     Args:
         group: of the study.
@@ -38,18 +39,18 @@ def _outward(group: Group, runs: Sequence[Standing], score: str, lower: bool) ->
         if any(run.state == "missing" for run in tried):
             return tried
         leader = leader_of(group, tried, score, lower)
-        below, above = _reaches(leader, rates[low], rates[high])
+        below, above = _reaches(leader, rates[low], rates[high], score == LOSS)
         wider = max(0, low - below), min(len(rates) - 1, high + above)
         if wider == (low, high):
             return tried
         low, high = wider
 
 
-def _reaches(leader: Leader, low: float, high: float) -> tuple[bool, bool]:
+def _reaches(leader: Leader, low: float, high: float, by_loss: bool) -> tuple[bool, bool]:
     """Whether the rates below and above those tried may be as good."""
     if not leader.runs:
         return True, False
-    best, usable = _rate(leader.runs[0]), leader.usable or (high, low)
+    best, usable = _rate(leader.runs[0]), (leader.usable if by_loss else None) or (high, low)
     return low in (best, usable[0]), high in (best, usable[1])
 
 

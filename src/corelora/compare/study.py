@@ -97,7 +97,8 @@ class Group:
     )
     begin: list[float] = setting(
         "Of the tuned learning rates, those that are tried first; each setting then goes on to the next one above or "
-        "below, while the best, or one within 1 % of its loss, is the highest or lowest tried. All if not given.",
+        "below, while the best, or (where the loss decides) one within 1 % of it, is the highest or lowest tried. "
+        "All if not given.",
         list,
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of every run; 0 if not given."})
