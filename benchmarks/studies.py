@@ -22,6 +22,7 @@ STUDIES = ROOT / "recipes" / "studies"
 VISION = ROOT / "recipes" / "vision" / "studies"
 TASKS = {"arc-easy": "arc_easy", "boolq": "boolq", "obqa": "obqa"}
 MNLI = "runs/minilm-mnli"
+EVALUATED = ("smollm2-gsm8k/methods",)  # whose finalists answer problems
 
 
 def files() -> dict[str, Path]:
@@ -109,6 +110,7 @@ def main() -> int:
         more = ["--known", str(kept)] if kept.is_file() else []
         more += ["--jobs", str(given.jobs)] if given.jobs else []
         about = [*sets([*words(name, given.data), *given.more]), "--output", folder, "--minutes", f"{left:.2f}"]
+        about += ["--data", given.data] if name in EVALUATED else []
         worst = max(worst, corelora("compare", str(studies[name].relative_to(ROOT)), *about, *more))
         if (ROOT / folder / "runs.jsonl").is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
