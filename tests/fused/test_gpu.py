@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corelora import CoreLoraConfig
-from corelora.kernels import groups, products
+from corelora.kernels import form, groups, products
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
 
@@ -70,6 +70,18 @@ def test_fused_against_float64(method, dtype, order, edit_from, monkeypatch):
         assert _error(y, y64) < TOLERANCE[dtype]
         for name, a, b in zip(["x", *names], found, expected, strict=True):
             assert _error(a, b) < 2 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_in_float32(dtype, scale):
+    """A gradient of float32 factors is not rounded to the narrow type on its way, where torch can help it."""
+    a, b = (torch.randn(77, n, device="cuda", dtype=dtype).t() for n in (24, 40))
+    found = form.product(a, b.t(), torch.float32, scale)
+    exact = scale * (a.double() @ b.t().double())
+    assert found.dtype == torch.float32
+    written = scale == 1 and form._writes_wide(dtype)
+    assert _error(found, exact) < (1e-6 if written else TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])

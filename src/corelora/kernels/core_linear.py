@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu, scaled_product
-from corelora.kernels.narrow import narrowed, typed
+from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu, product
+from corelora.kernels.narrow import narrowed
 from corelora.kernels.products import Side, Small, apply_form, through
 
 
@@ -83,11 +83,11 @@ def run_backward(
     if needs[1] and saved.x is not None and saved.R is not None:
         H = features[-1]  # R is stored, so its gradient's features stood alone
         H1 = H[:, : saved.R.shape[0]] if read.count else H
-        dR = typed(scaled_product(H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), scale), saved.R.dtype)
+        dR = product(H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), saved.R.dtype, scale)
     if needs[2] and saved.L is not None:
         n, kept = saved.L.shape[1], saved.features
         F = kept[-1] if saved.has_F else through(kept[0], _rows_of(chain, n))[-1]
-        dL = typed(scaled_product(flat.t(), F[:, :n], scale), saved.L.dtype)
+        dL = product(flat.t(), F[:, :n], saved.L.dtype, scale)
     return [dx, dR, dL], features
 
 
@@ -170,7 +170,7 @@ def _from_kept(ctx: Any, kept: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | No
     if n[5] and ctx.on_cpu:
         dC, dD = maker.core_gradients(V, features, C, D)
     elif n[5]:
-        dC, dD = maker.collapse(typed(V[0].t() @ features[0], C.dtype), C, D)
+        dC, dD = maker.collapse(product(V[0].t(), features[0], C.dtype), C, D)
     return dx, None, None, dR, dL, dC, dD, None
 
 
@@ -256,7 +256,7 @@ def linear_backward_op(
     """[dx, dR, dL, dG]; an empty tensor where `needs` says that nobody asks."""
     layout = Layout(rows, row_index, cols, col_index, scale)
     grads, features = run_backward(dy, Saved(x, W, R, L, () if G is None else (G,), [U], layout), needs)
-    grads.append(typed(features[0].t() @ U, G.dtype) if G is not None and needs[3] else None)
+    grads.append(product(features[0].t(), U, G.dtype) if G is not None and needs[3] else None)
     return [dy.new_empty(0) if g is None else g for g in grads]
 
 

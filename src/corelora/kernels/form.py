@@ -14,6 +14,7 @@ so a difference of products costs one wider product and no cancellation, and the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,29 @@ class Form(NamedTuple):
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b in one operation."""
     return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """scale * a @ b in a type.
+
+    A GPU adds up products of narrow numbers in float32 and rounds the sums as it writes them; asked for float32, torch
+    from 2.8 on writes them as they are: nothing is rounded, and nothing cast afterwards.
+    """
+    wide = scale == 1 and dtype == torch.float32 and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
+    if wide and _writes_wide(a.dtype):
+        return torch.mm(a, b, out_dtype=dtype)
+    return typed(scaled_product(a, b, scale), dtype)
+
+
+@cache
+def _writes_wide(dtype: torch.dtype) -> bool:
+    """Whether this torch and GPU can."""
+    one = torch.ones(8, 8, dtype=dtype, device="cuda")
+    try:
+        torch.mm(one, one, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):  # another signature; not written for this device
+        return False
+    return True
 
 
 def is_serial(core: CoreAdapter) -> bool:
@@ -171,11 +195,11 @@ class FormMaker:
             C, D: as in the form.
         """
         if not self.is_direct:
-            return typed(scaled_product(V[0].t(), U[0], 1.0), C.dtype), None
+            return product(V[0].t(), U[0], C.dtype), None
         left, right = self._transforms(U[0])
         if D is None:
             V0, U0 = self._added_up(V[0], left), self._added_up(U[0], right)
-            return typed(scaled_product(V0.t(), U0, self.scale), C.dtype), None
+            return product(V0.t(), U0, C.dtype, self.scale), None
         first, last = U[0] if right is None else U[0] * right, V[0] if left is None else V[0] * left
         dC, dD = scaled_product(V[1].t(), first, self.scale), scaled_product(last.t(), U[1], self.scale)
         return typed(dC, C.dtype), typed(dD, D.dtype)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from corelora.kernels.core_linear import below_autograd, direct_apply, read_side, write_side
 from corelora.kernels.edit import add_columns, hold_columns, put_back
-from corelora.kernels.form import Form, FormMaker, Layout, scaled_product
+from corelora.kernels.form import Form, FormMaker, Layout, product
 from corelora.kernels.narrow import narrowed, typed
 from corelora.kernels.products import Order, Side, Small, apply_form, choose_order, edits, through, write_form
 
@@ -190,9 +190,9 @@ def _reading_gradients(
     ]
     if not own or x is None:
         return [None] * len(members)
-    whole = (own[0][0] if len(own) == 1 else torch.cat([H for H, _ in own], dim=1)).t() @ x
-    if len({dtype for _, dtype in own}) == 1:
-        whole = typed(whole, own[0][1])
+    H = own[0][0] if len(own) == 1 else torch.cat([H for H, _ in own], dim=1)
+    types = {dtype for _, dtype in own}
+    whole = product(H.t(), x, types.pop() if len(types) == 1 else x.dtype)
     parts = iter(whole.split([H.shape[1] for H, _ in own]))
     return [None if m.R is None or m.wants_R is None else typed(next(parts), m.wants_R) for m in members]
 
@@ -203,7 +203,7 @@ def _writing_gradient(dy: Tensor, m: Member, U: Tensor) -> Tensor | None:
         return None
     n, chain = m.L.shape[1], m.small.chain
     F = through(U, (*chain[:-1], chain[-1][:n]) if chain else ())[-1][:, :n]
-    return typed(scaled_product(dy.t(), F, m.small.scale), m.wants_L)
+    return product(dy.t(), F, m.wants_L, m.small.scale)
 
 
 PER_MEMBER = 6  # W, bias, R, L, C, D
@@ -270,7 +270,7 @@ def _from_kept(ctx: Any, saved: tuple[Any, ...], dys: Sequence[Tensor | None]) -
         out[at + 2], out[at + 3] = dR, dL
         if needs[at + 4]:
             C, D = rest[at + 2 : at + 4]  # `rest` begins with the first member, two places before the inputs
-            out[at + 4], out[at + 5] = makers[n].collapse(typed(v.t() @ thin[n], C.dtype), C, D)
+            out[at + 4], out[at + 5] = makers[n].collapse(product(v.t(), thin[n], C.dtype), C, D)
     return tuple(out)
 
 
