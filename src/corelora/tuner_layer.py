@@ -333,12 +333,17 @@ class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
         name = active[0]
         if name in self.unchecked:  # now, not on the reference path: the first pass is to be as the second
             self.complete(name)
-        maker, scale = self._makers.get(name), self.scaling[name]
+        # A compiler would compile twice, for layers without a maker and for those with one, and a maker would keep
+        # tensors of its graphs: while it looks, makers are of the moment.
+        keeps, scale = not torch.compiler.is_compiling(), self.scaling[name]
+        maker = self._makers.get(name) if keeps else None
         if maker is None or maker.scale != scale:
             core = self.cores[name]
             if not suits(self.view, base, core):
                 return None
-            maker = self._makers[name] = FormMaker(core, self.factors(name), scale)
+            maker = FormMaker(core, self.factors(name), scale)
+            if keeps:
+                self._makers[name] = maker
         return None if (self.training and maker.drops) or not pays(x, maker) else maker
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

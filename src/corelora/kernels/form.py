@@ -251,8 +251,7 @@ class FormMaker:
             start, r = start.to(C), self.core.spec.r
             G = self._in_blocks(start, torch.zeros_like(start)) * self._scaling(C)
             constant = G.detach().view(self.blocks[0], r, self.blocks[1], r)
-            if not torch.compiler.is_compiling():  # a graph's own tensor is written over by its next launch
-                self._constant = constant
+            self._constant = constant
         return constant
 
     def _middle_matrices(self) -> tuple[Tensor | None, Tensor | None]:
@@ -296,8 +295,7 @@ class FormMaker:
             left = torch.cat([self._side_scaling(self.B, part, like) for part in self.b_parts])
             right = torch.cat([self._side_scaling(self.A, part, like) for part in self.a_parts])
             weights = (self.scale * left[:, None] * right).to(like.dtype)
-            if not torch.compiler.is_compiling():  # as above
-                self._weights = weights
+            self._weights = weights
         return weights
 
     def _transforms(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
