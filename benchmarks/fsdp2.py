@@ -118,10 +118,8 @@ def visit(request: Request) -> None:
     device.start_peak()
     dist.barrier()
     device.settle()
-    began, times, losses = time.perf_counter(), [], []
-    for _ in range(request.steps):
-        times.append(device.time(lambda: losses.append(_step(model, optimizer, ids))))
-    device.settle()
+    began, losses = time.perf_counter(), []
+    times = device.times(lambda: losses.append(_step(model, optimizer, ids)), request.steps)
     dist.barrier()
     seconds = time.perf_counter() - began
     if rank == 0:

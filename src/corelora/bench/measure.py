@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import peft
@@ -87,6 +88,27 @@ class Device:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
+
+    def times(self, work: Callable[[], Any], count: int) -> list[float]:
+        """Milliseconds of each of several runs of `work`, one after the other.
+
+        On a GPU nothing waits for it in between: the host may be ahead, as it is in a training loop, and what counts is
+        the time from the end of one run to the end of the next.
+
+        Args:
+            work: measured.
+            count: how often.
+        """
+        if not self.is_gpu:
+            return [self.time(work) for _ in range(count)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        torch.cuda.synchronize()
+        marks[0].record()
+        for mark in marks[1:]:
+            work()
+            mark.record()
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) for before, after in pairwise(marks)]
 
     def wall(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """(seconds on the host's clock until the device is done, what `work` gave)."""

@@ -261,7 +261,7 @@ class StepBench:
         for _ in range(self.request.warmup):
             variant.step(ids)
         self.device.start_peak()
-        times = [self.device.time(lambda: variant.step(ids)) for _ in range(self.request.steps)]
+        times = self.device.times(lambda: variant.step(ids), self.request.steps)
         return times, self.device.peak_gib()
 
     def results(self) -> list[dict[str, Any]]:
