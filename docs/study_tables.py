@@ -37,11 +37,10 @@ def known_study(name: str) -> Iterator[StudyFolder]:
 def dtd() -> str:
     """Few-shot runs on textures, each beside the head alone with the same seed, and so the same pictures."""
     with known_study("dtd-efficientnet") as folder:
-        parts = [
-            f"{group.name}:\n\n{_beside_head(group_leaders(folder, group, runs))}"
-            for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True)
-        ]
-    return "\n\n".join(parts)
+        groups = zip(folder.study.groups, folder.standings().values(), strict=True)
+        leaders = {group.name: group_leaders(folder, group, runs) for group, runs in groups}
+    whole = {name: found for name, found in leaders.items() if all(len(x.scores) > 1 for x in found)}
+    return "\n\n".join(f"{name}:\n\n{_beside_head(found)}" for name, found in whole.items())
 
 
 def above_head(found: Sequence[Leader], method: str) -> tuple[float, float]:
