@@ -22,7 +22,6 @@ STUDIES = ROOT / "recipes" / "studies"
 VISION = ROOT / "recipes" / "vision" / "studies"
 TASKS = {"arc-easy": "arc_easy", "boolq": "boolq", "obqa": "obqa"}
 MNLI = "runs/minilm-mnli"
-EVALUATED = ("smollm2-gsm8k/methods",)  # whose finalists answer problems
 
 
 def files() -> dict[str, Path]:
@@ -34,6 +33,11 @@ def files() -> dict[str, Path]:
         if path.stem != "base"
     ]
     return {name: STUDIES / f"{name}.yaml" for name in own} | {"dtd-efficientnet": VISION / "dtd-efficientnet.yaml"}
+
+
+def file_name(name: str) -> str:
+    """What a study's folder and the file of its kept runs are called."""
+    return name.replace("/", "-")
 
 
 def words(name: str, data: str) -> list[str]:
@@ -106,11 +110,11 @@ def main() -> int:
             break
         if name == "minilm-glue/rte" and not (ROOT / MNLI / "results.json").is_file():
             train_mnli(given.data)
-        kept, folder = ROOT / known / f"{name.replace('/', '-')}.jsonl", f"studies/{name.replace('/', '-')}"
+        kept, folder = ROOT / known / f"{file_name(name)}.jsonl", f"studies/{file_name(name)}"
         more = ["--known", str(kept)] if kept.is_file() else []
         more += ["--jobs", str(given.jobs)] if given.jobs else []
-        about = [*sets([*words(name, given.data), *given.more]), "--output", folder, "--minutes", f"{left:.2f}"]
-        about += ["--data", given.data] if name in EVALUATED else []
+        about = [*sets([*words(name, given.data), *given.more]), "--data", given.data]
+        about += ["--output", folder, "--minutes", f"{left:.2f}"]
         worst = max(worst, corelora("compare", str(studies[name].relative_to(ROOT)), *about, *more))
         if (ROOT / folder / "runs.jsonl").is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def known_study(name: str) -> Iterator[StudyFolder]:
         where = studies.words(name, "../shared/data")
         folder = start_study(studies.files()[name], Path(place) / "study", where)
         folder.save()
-        take_known(folder.root, [figures.RESULTS / "known" / f"{name.replace('/', '-')}.jsonl"])
+        take_known(folder.root, [figures.RESULTS / "known" / f"{studies.file_name(name)}.jsonl"])
         yield folder
 
 

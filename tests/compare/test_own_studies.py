@@ -40,7 +40,7 @@ def test_every_study_knows_where_its_rows_are(name):
 @pytest.mark.parametrize("path", sorted(KNOWN.glob("*.jsonl")), ids=lambda p: p.stem)
 def test_kept_runs_are_runs_of_their_study(path, tmp_path):
     """Names follow from recipes: a study or a recipe that changed would silently make all of them again."""
-    [name] = [name for name in studies.files() if name.replace("/", "-") == path.stem]
+    [name] = [name for name in studies.files() if studies.file_name(name) == path.stem]
     folder = start_study(studies.files()[name], tmp_path / "study", studies.words(name, DATA))
     folder.save()
     lines = [json.loads(line) for line in path.read_text().splitlines()]

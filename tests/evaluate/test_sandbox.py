@@ -126,7 +126,7 @@ def looks():
     found = []
     if "SECRET_TOKEN" in os.environ:
         found.append("environment")
-    if os.path.exists({str(tmp_path)!r}) or os.path.exists("/root/.ssh") or os.path.exists("/etc/passwd"):
+    if any(os.path.exists(path) for path in ({str(tmp_path)!r}, {str(Path.home() / ".ssh")!r}, "/etc/passwd")):
         found.append("files")
     if os.path.exists("/proc/1/environ") and len([p for p in os.listdir("/proc") if p.isdigit()]) > 3:
         found.append("processes")

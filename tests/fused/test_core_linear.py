@@ -302,7 +302,7 @@ def test_values_that_are_loaded_replace_what_the_path_keeps():
     _close(layer(x), expected, torch.float32)
 
 
-@pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "nora"])
+@pytest.mark.parametrize("method", ["lora", "slora", "nlora", "inttune", "nora"])
 def test_compiled_once(method):
     """The second step runs the code of the first: nothing that a pass leaves behind makes another necessary."""
     torch.compiler.reset()
@@ -319,7 +319,7 @@ def test_compiled_once(method):
     assert count.frame_count == 1
 
 
-@pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
+@pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "nora"])
 def test_compiled_code_keeps_no_tensor(method):
     """With CUDA graphs (mode reduce-overhead) what a graph makes is written over by its next launch."""
     torch._dynamo.reset()

@@ -76,18 +76,7 @@ class Device:
 
     def time(self, work: Callable[[], Any]) -> float:
         """Milliseconds that `work` takes on the device, launches included."""
-        if not self.is_gpu:
-            # With one thread the process's own time: what others do on the machine meanwhile is not in it.
-            clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-            began = clock()
-            work()
-            return 1000 * (clock() - began)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return self.times(work, 1)[0]
 
     def times(self, work: Callable[[], Any], count: int) -> list[float]:
         """Milliseconds of each of several runs of `work`, one after the other.
@@ -100,14 +89,14 @@ class Device:
             count: how often.
         """
         if not self.is_gpu:
-            return [self.time(work) for _ in range(count)]
+            return [_clocked(work) for _ in range(count)]
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        torch.cuda.synchronize()
+        self.settle()
         marks[0].record()
         for mark in marks[1:]:
             work()
             mark.record()
-        torch.cuda.synchronize()
+        self.settle()
         return [before.elapsed_time(after) for before, after in pairwise(marks)]
 
     def wall(self, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -148,3 +137,11 @@ class Device:
             "python": platform.python_version(),
         }
         return {"device": self.title, "versions": versions}
+
+
+def _clocked(work: Callable[[], Any]) -> float:
+    """Milliseconds on a CPU; with one thread the process's own, without what others do on the machine meanwhile."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    work()
+    return 1000 * (clock() - began)

@@ -201,8 +201,7 @@ class FormMaker:
             V0, U0 = self._added_up(V[0], left), self._added_up(U[0], right)
             return product(V0.t(), U0, C.dtype, self.scale), None
         first, last = U[0] if right is None else U[0] * right, V[0] if left is None else V[0] * left
-        dC, dD = scaled_product(V[1].t(), first, self.scale), scaled_product(last.t(), U[1], self.scale)
-        return typed(dC, C.dtype), typed(dD, D.dtype)
+        return product(V[1].t(), first, C.dtype, self.scale), product(last.t(), U[1], D.dtype, self.scale)
 
     def collapse(self, dG: Tensor, C: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients of C and D from that of G: the transpose of `expand`."""

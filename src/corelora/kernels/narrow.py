@@ -27,17 +27,15 @@ def narrowed(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[list
     Returns:
         The tensors, and the block, flat; None where fewer than two had another type.
     """
-    places = [n for n, t in enumerate(tensors) if t is not None and t.dtype != dtype]
-    wide = [t for t in tensors if t is not None and t.dtype != dtype]
-    found = list(tensors)
-    if len({t.dtype for t in wide}) != 1 or len(wide) < 2:
-        for n, tensor in zip(places, wide, strict=True):
-            found[n] = tensor.to(dtype)
-        return found, None
-    sizes = [t.numel() for t in wide]
-    block = torch.empty(sum(sizes), dtype=dtype, device=wide[0].device)
-    parts = [part.view(t.shape) for part, t in zip(block.split(sizes), wide, strict=True)]
-    torch._foreach_copy_(parts, wide)
-    for n, part in zip(places, parts, strict=True):
+    wide = {n: t for n, t in enumerate(tensors) if t is not None and t.dtype != dtype}
+    found, block = list(tensors), None
+    if len(wide) < 2 or len({t.dtype for t in wide.values()}) > 1:
+        parts = [t.to(dtype) for t in wide.values()]
+    else:
+        sizes = [t.numel() for t in wide.values()]
+        block = torch.empty(sum(sizes), dtype=dtype, device=next(iter(wide.values())).device)
+        parts = [part.view(t.shape) for part, t in zip(block.split(sizes), wide.values(), strict=True)]
+        torch._foreach_copy_(parts, list(wide.values()))
+    for n, part in zip(wide, parts, strict=True):
         found[n] = part
     return found, block
