@@ -17,7 +17,7 @@ from typing import Any
 import figures
 from key_tables import keys, recipe_parts, table
 from step_tables import fsdp2, host, profile, step_again, step_together
-from study_tables import dtd, known_runs, study
+from study_tables import dtd, known_answers, known_runs, minilm, study
 
 import corelora
 from corelora.bench.floors import all_shapes, floor
@@ -269,6 +269,8 @@ TABLES = {
     "fsdp2": fsdp2,
     "dtd": dtd,
     "init-h200": bench("init", "init-h200.jsonl"),
+    "minilm": minilm,
+    "known-answers": known_answers("smollm2-gsm8k/methods"),
     "known-methods": known_runs("smollm2-gsm8k/methods"),
     "known-nlora": known_runs("smollm2-gsm8k/nlora"),
     "graphs": graphs,

@@ -17,7 +17,7 @@ from corelora.compare.folder import StudyFolder
 from corelora.compare.known import take_known
 from corelora.compare.leaders import Leader
 from corelora.compare.session import start_study
-from corelora.compare.tables import group_leaders, leader_rows
+from corelora.compare.tables import answer_rows, group_leaders, leader_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import studies
@@ -28,7 +28,7 @@ def known_study(name: str) -> Iterator[StudyFolder]:
     """A study with the runs of docs/results/known, which need not be all of them."""
     with tempfile.TemporaryDirectory() as place:
         where = studies.words(name, "../shared/data")
-        folder = start_study(studies.files()[name], Path(place) / "study", where)
+        folder = start_study(studies.files()[name], Path(place) / studies.file_name(name), where)
         folder.save()
         take_known(folder.root, [figures.RESULTS / "known" / f"{studies.file_name(name)}.jsonl"])
         yield folder
@@ -76,6 +76,36 @@ def known_runs(name: str) -> Callable[[], str]:
         return "\n\n".join(parts)
 
     return made
+
+
+def known_answers(name: str) -> Callable[[], str]:
+    """What those runs say to the study's questions."""
+
+    def made() -> str:
+        with known_study(name) as folder:
+            return table(*answer_rows(folder))
+
+    return made
+
+
+def minilm() -> str:
+    """MiniLM on five GLUE tasks: each method's score at its best rate, beside the most frequent class."""
+    columns: dict[str, dict[str, str]] = {}
+    tasks = figures.read("glue-majority.json")["tasks"]
+    for task, about in tasks.items():
+        with known_study(f"minilm-glue/{task}") as folder:
+            found = group_leaders(folder, folder.study.groups[0], next(iter(folder.standings().values())))
+        columns[task] = {"most frequent class": f"{about['majority']:.3f}"}
+        columns[task] |= {dict(x.setting)["method"]: _rated(x) for x in found if x.scores}
+    methods = dict.fromkeys(name for column in columns.values() for name in column)
+    header = ["", *(f"{task}, {about['score'].removeprefix('test_')}" for task, about in tasks.items())]
+    return table(header, [[name, *(column.get(name, "-") for column in columns.values())] for name in methods])
+
+
+def _rated(leader: Leader) -> str:
+    """A score, its deviation where there are several seeds, and the rate."""
+    spread = f" ± {statistics.stdev(leader.scores):.3f}" if len(leader.scores) > 1 else ""
+    return f"{leader.mean:.3f}{spread} ({', '.join(value for _, value in leader.tuned)})"
 
 
 def study(name: str) -> Callable[[], str]:

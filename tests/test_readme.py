@@ -49,8 +49,9 @@ def test_commands_exist():
 
 
 @pytest.mark.slow
-def test_tables_and_figures_are_current():
-    script = [sys.executable, str(ROOT / "docs" / "make_tables.py"), "--check"]
+@pytest.mark.parametrize("name", ["make_tables.py", "make_pages.py"])
+def test_what_result_files_make_is_current(name):
+    script = [sys.executable, str(ROOT / "docs" / name), "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

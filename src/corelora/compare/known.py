@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from corelora.compare.folder import StudyFolder
-from corelora.compare.standing import FAILED, UPDATES, Standing
+from corelora.compare.standing import FAILED, UPDATES, Standing, each_once, read_result
 from corelora.errors import CoreLoraError, raise_all
 from corelora.train.folder import write_json, write_text
 
@@ -43,14 +43,13 @@ def keep_runs(folder: StudyFolder) -> Path:
     Returns:
         The file's path.
     """
-    runs = {run.folder: run for own in folder.standings().values() for run in own}
     path = folder.root / RUNS
-    write_text(path, runs_text(list(runs.values())))
+    write_text(path, runs_text(each_once(folder.standings())))
     return path
 
 
 def _line(run: Standing) -> dict[str, Any]:
-    parts = {key: _read(run.folder / name) for key, name in PARTS.items() if (run.folder / name).is_file()}
+    parts = {key: read_result(run.folder / name) for key, name in PARTS.items() if (run.folder / name).is_file()}
     if "updates" in parts:
         parts["updates"] = {"layers": _by_kind(parts["updates"]["layers"])}
     curve = [[step, _short(loss)] for step, loss in run.curve]
@@ -137,7 +136,3 @@ def forget_known(folder: Path) -> None:
     if (folder / KNOWN).is_file():
         shutil.rmtree(folder)
         folder.mkdir()
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

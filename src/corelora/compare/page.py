@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
 from corelora.compare.known import keep_runs
-from corelora.compare.standing import Standing
+from corelora.compare.standing import Standing, each_once
 from corelora.compare.study import Group
 from corelora.compare.tables import answer_rows, csv_text, failures, group_leaders, leader_rows, markdown, summary
 from corelora.train.folder import write_text
@@ -41,18 +41,19 @@ def report_study(folder: StudyFolder) -> list[Path]:
 def page_html(folder: StudyFolder) -> str:
     """The whole page."""
     charts: list[dict[str, Any]] = []
-    groups = list(zip(folder.study.groups, folder.standings().values(), strict=True))
+    standings = folder.standings()
+    groups = list(zip(folder.study.groups, standings.values(), strict=True))
     bar = tqdm(groups, desc="report", unit="group", delay=2, leave=False)
     sections = [_group(folder, group, runs, charts) for group, runs in bar]
-    everything = {s.folder: s for _, runs in groups for s in runs}
+    everything = each_once(standings)
     body = [
         f"<h1>{_text(folder.root.name)}</h1><p>{_text(folder.study.about)}</p>",
-        f"<p>{_text(summary(list(everything.values())))}</p>",
+        f"<p>{_text(summary(everything))}</p>",
         _questions(folder),
         "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g, _ in groups) + "</nav>",
         *sections,
-        _failed(list(everything.values())),
-        _versions(folder, list(everything.values())),
+        _failed(everything),
+        _versions(folder, everything),
     ]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     data = json.dumps(charts).replace("</", "<\\/")

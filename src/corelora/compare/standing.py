@@ -84,9 +84,9 @@ def stand(run: Planned, root: Path) -> Standing:
         root: the study's folder.
     """
     folder = run.folder(root)
-    evaluations = {p.stem: _read(p).get("scores", {}) for p in sorted((folder / "eval").glob("*.json"))}
-    results = _read(folder / "results.json") if (folder / "results.json").is_file() else None
-    failed = _read(folder / FAILED) if (folder / FAILED).is_file() else None
+    evaluations = {p.stem: read_result(p).get("scores", {}) for p in sorted((folder / "eval").glob("*.json"))}
+    results = read_result(folder / "results.json") if (folder / "results.json").is_file() else None
+    failed = read_result(folder / FAILED) if (folder / FAILED).is_file() else None
     return Standing(run=run, folder=folder, results=results, failed=failed, evaluations=evaluations)
 
 
@@ -108,7 +108,21 @@ def write_failed(folder: Path, error: str, kind: str, when: str) -> None:
     write_json(folder / FAILED, {"error": error, "kind": kind, "when": when})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def each_once(standings: Mapping[str, Sequence[Standing]]) -> list[Standing]:
+    """The runs of all groups of a study; two groups may share one.
+
+    Args:
+        standings: by group, as a study's folder gives them.
+    """
+    return list({run.folder: run for own in standings.values() for run in own}.values())
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A JSON file of a run's folder.
+
+    Raises:
+        CoreLoraError: it can't be read, or is no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

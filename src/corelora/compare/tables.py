@@ -12,7 +12,7 @@ from corelora.compare.folder import StudyFolder, distinct
 from corelora.compare.leaders import Labels, Leader, leaders
 from corelora.compare.published import published_columns
 from corelora.compare.questions import Answer, answer
-from corelora.compare.standing import Standing, stand
+from corelora.compare.standing import Standing, each_once, stand
 from corelora.compare.study import EVALUATED, Group
 from corelora.plan_memory import GIB
 
@@ -91,7 +91,7 @@ def answer_rows(folder: StudyFolder) -> tuple[list[str], list[list[str]]]:
 def markdown(folder: StudyFolder) -> str:
     """The study in Markdown: what was run, every group's table, failed runs and why, the command."""
     standings = folder.standings()
-    everything = list({s.folder: s for runs in standings.values() for s in runs}.values())
+    everything = each_once(standings)
     parts = [f"# {folder.root.name}", folder.study.about, summary(everything)]
     if folder.study.questions:
         parts += ["## Questions", _markdown_table(*answer_rows(folder))]
