@@ -185,6 +185,7 @@ def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor
     """
     R, L, C, D, maker = form
     if torch.compiler.is_compiling():
+        _join_siblings()
         lay, G = maker.layout, maker.expand(C, D)
         return linear_op(x, W, bias, R, L, G, lay.rows, lay.row_index, lay.cols, lay.col_index, lay.scale)[0]
     if not torch.is_grad_enabled():
@@ -195,7 +196,15 @@ def core_linear(x: Tensor, W: Tensor, bias: Tensor | None, form: Form) -> Tensor
     return apply(x, W, bias, R, L, C, D, maker)
 
 
-def _operation(name: str) -> Callable[[Callable[..., Any]], Any]:
+@torch.compiler.assume_constant_result
+def _join_siblings() -> None:
+    """Runs while a compiler looks at an adapted layer; until then nobody waits for inductor's import."""
+    from corelora.kernels import compiled
+
+    compiled.install()
+
+
+def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as an operation that compiled graphs hold as one node.
 
     `torch.library.custom_op` would look at every call for what the schema promises already, which takes the host as
@@ -210,7 +219,7 @@ def _operation(name: str) -> Callable[[Callable[..., Any]], Any]:
     return define
 
 
-@_operation("corelora::linear")
+@operation("corelora::linear")
 def linear_op(
     x: Tensor,
     W: Tensor,
@@ -237,7 +246,7 @@ def _(x, W, bias, R, L, G, rows, row_index, cols, col_index, scale):
     return y, x.new_empty(T, p)
 
 
-@_operation("corelora::linear_backward")
+@operation("corelora::linear_backward")
 def linear_backward_op(
     dy: Tensor,
     x: Tensor | None,

@@ -88,10 +88,17 @@ class Side:
 
 @dataclass(slots=True)
 class Small:
-    """What stands between the two sides: G as a chain of matrices, and a scale of all (1 where it is in G)."""
+    """What stands between the two sides.
+
+    Attributes:
+        chain: G as a chain of matrices.
+        scale: of all; 1 where it is in G.
+        F: G U [T,q] in this pass, where it was made together with other layers'.
+    """
 
     chain: Chain
     scale: float
+    F: Tensor | None = None
 
     def last(self) -> Tensor | None:
         """The last matrix, with the scale; None for the identity."""
@@ -148,7 +155,7 @@ def write_form(
         held: x's leading columns, if others edit them too; they are left as this edit has them.
     """
     if not edits(x, write, bool(small.chain), W.shape[0]):
-        features = through(U, small.chain)
+        features = through(U, small.chain) if small.F is None else [U, small.F]
         y = scaled_product(features[-1], write.rows(W.t()), small.scale)
         if bias is not None:
             y.add_(bias)
@@ -160,14 +167,13 @@ def write_form(
     else:
         assert last is not None
         n = write.stored.shape[0]
-        both = features[-1] @ last.t()
-        F = both[:, :n]
-        y = F @ write.stored
+        both = features[-1] @ last.t() if small.F is None else small.F
+        y = both[:, :n] @ write.stored
         if bias is not None:
             y.add_(bias)
         edited = _edited(x, both[:, n:], None, write, held)
         y.addmm_(x, W.t())
-        features = [*features, F]
+        features = [*features, both[:, :n]]
     if edited is not None:
         put_back(edited, write.index)
     return y, features

@@ -13,7 +13,6 @@ Which layers these are: groups.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,55 +21,15 @@ from torch.autograd.function import once_differentiable
 
 from corelora.kernels.core_linear import below_autograd, direct_apply, read_side, write_side
 from corelora.kernels.edit import add_columns, hold_columns, put_back
-from corelora.kernels.form import Form, FormMaker, Layout, product
-from corelora.kernels.narrow import narrowed, typed
-from corelora.kernels.products import Order, Side, Small, apply_form, choose_order, edits, through, write_form
-
-
-@dataclass(slots=True)
-class Member:
-    """One layer of a group in one pass.
-
-    Attributes:
-        W: [o,i].
-        bias: [o] or None.
-        R, L: as in core_linear.py, in the type of the features.
-        small: G, likewise.
-        layout: as in core_linear.py.
-        wants_R, wants_L: the types that their gradients have; None where they don't learn.
-    """
-
-    W: Tensor
-    bias: Tensor | None
-    R: Tensor | None
-    L: Tensor | None
-    small: Small
-    layout: Layout
-    wants_R: torch.dtype | None
-    wants_L: torch.dtype | None
-
-
-@dataclass(slots=True)
-class Team:
-    """The layers of a group in one pass.
-
-    Attributes:
-        members: in the order of their calls.
-        stored: all their R, one below the other, where casting has put them so.
-    """
-
-    members: list[Member]
-    stored: Tensor | None
-
-    def joined(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows that read the input as one matrix."""
-        if self.stored is not None and [id(row) for row in rows] == [id(m.R) for m in self.members]:
-            return self.stored
-        return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
+from corelora.kernels.form import Form, FormMaker, product
+from corelora.kernels.narrow import typed
+from corelora.kernels.products import Order, Side, apply_form, choose_order, edits, through, write_form
+from corelora.kernels.stacked import Stack, stack_of
+from corelora.kernels.team import Member, Team, make_team, split_features, widths_of
 
 
 def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
-    """([y[T,o], ...], [U[T,p], ...]) for x[T,i]."""
+    """([y[T,o], ...], features) for x[T,i]: [U1 U2 ..][T, sum p] alone, or each U where some were made apart."""
     members = team.members
     rows, writes, apart = [], [], []
     for m in members:
@@ -79,22 +38,38 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
         apart.append(choose_order(m.W.shape[0], x.shape[1], read, write, x) is not Order.BEFORE)
         if not apart[-1]:
             rows += _rows(read, m.W)
-    parts: Any = ()
-    if rows:
-        thin = x @ team.joined(rows).t()
-        parts = iter(thin.split([_count(m) for m, alone in zip(members, apart, strict=True) if not alone], dim=1))
-    count = None if any(apart) else _edited_columns(x, members, writes)
+    if any(apart):
+        return _some_apart(x, team, writes, apart, x @ team.joined(rows).t() if rows else None)
+    thin = x @ team.joined(rows).t()
+    stack = stack_of([m.small for m in members], thin)
+    if stack is not None and any(write.stored is not None for write in writes):
+        for m, F in zip(members, stack.forward(), strict=True):
+            m.small.F = F
+    count = _edited_columns(x, members, writes)
     held = None if count is None else hold_columns(x, count)
-    ys, features = [], []
-    for m, write, alone in zip(members, writes, apart, strict=True):
-        if alone:
-            y, own = apply_form(x, m.W, m.bias, read_side(m.R, m.layout), write, m.small)
-        else:
-            y, own = write_form(x, m.W, m.bias, next(parts), write, m.small, held)
-        ys.append(y)
-        features.append(own[0])
+    ys = [
+        write_form(x, m.W, m.bias, U, write, m.small, held)[0]
+        for m, write, U in zip(members, writes, split_features(thin, team.widths), strict=True)
+    ]
     if held is not None:
         put_back(held, None)
+    return ys, [thin]
+
+
+def _some_apart(
+    x: Tensor, team: Team, writes: Sequence[Side], apart: Sequence[bool], thin: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same where some layers take the other order; `thin` is of the rest."""
+    own = [m for m, alone in zip(team.members, apart, strict=True) if not alone]
+    parts = iter(() if thin is None else split_features(thin, [m.width for m in own]))
+    ys, features = [], []
+    for m, write, alone in zip(team.members, writes, apart, strict=True):
+        if alone:
+            y, found = apply_form(x, m.W, m.bias, read_side(m.R, m.layout), write, m.small)
+        else:
+            y, found = write_form(x, m.W, m.bias, next(parts), write, m.small)
+        ys.append(y)
+        features.append(found[0])
     return ys, features
 
 
@@ -113,34 +88,40 @@ def _rows(read: Side, W: Tensor) -> list[Tensor]:
     return cut if read.stored is None else [read.stored, *cut]
 
 
-def _count(m: Member) -> int:
-    """How many features a member reads."""
-    return (0 if m.R is None else m.R.shape[0]) + m.layout.rows
-
-
 def backward_all(
-    dys: Sequence[Tensor], team: Team, x: Tensor | None, thin: Sequence[Tensor], needs_x: bool
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor]]:
-    """(dx[T,i], [dR, ...], [dL, ...], [V[T,q], ...]); None where nobody asks.
+    dys: Sequence[Tensor], team: Team, x: Tensor | None, features: Sequence[Tensor], needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], Tensor | list[Tensor | None]]:
+    """(dx[T,i], [dR1 ; dR2 ; ..], [dL, ...], dG[n,q,p] or a list of each); None where nobody asks.
 
     Args:
         dys: gradients [T,o] of the outputs.
         team: whose they are.
         x: [T,i], where some R learns.
-        thin: U of each member.
+        features: as `forward_all` gives them.
         needs_x: whether dx is wanted.
     """
     members = team.members
-    V = [dy @ write_side(m.L, m.layout).rows(m.W.t()).t() for dy, m in zip(dys, members, strict=True)]
-    # H = V G, where more is done with it than one edit, which applies G itself.
-    thick = [
-        None if m.R is None and m.layout.rows and m.small.chain else _thick(v, m)
-        for v, m in zip(V, members, strict=True)
+    together = features[0] if len(features) < len(members) else None
+    thin = features if together is None else split_features(together, team.widths)
+    stack = stack_of([m.small for m in members], together)
+    room: Any = None if stack is None else stack.room()
+    V = [
+        torch.mm(dy, write_side(m.L, m.layout).rows(m.W.t()).t(), out=None if room is None else room[n])
+        for n, (dy, m) in enumerate(zip(dys, members, strict=True))
     ]
-    dx = _input_gradient(dys, team, V, thick) if needs_x else None
-    dRs = _reading_gradients(members, thick, x)
-    dLs = [_writing_gradient(dy, m, U) for dy, m, U in zip(dys, members, thin, strict=True)]
-    return dx, dRs, dLs, V
+    # H = V G, where more is done with it than one edit, which applies G itself.
+    plain = [m.R is not None or not m.layout.rows or not m.small.chain for m in members]
+    whole = stack.backward(room) if stack is not None and all(plain) else None
+    H: Sequence[Tensor | None]
+    if whole is None:
+        H = [_thick(v, m) if more else None for v, m, more in zip(V, members, plain, strict=True)]
+    else:
+        H = split_features(whole, team.widths)
+    dx = _input_gradient(dys, team, V, H, whole) if needs_x else None
+    dR = _reading_gradient(members, H, whole, x)
+    F: Any = stack.forward() if stack is not None and any(m.wants_L for m in members) else [None] * len(members)
+    dLs = [_writing_gradient(*each) for each in zip(dys, members, thin, F, strict=True)]
+    return dx, dR, dLs, _core_gradients(members, V, thin, stack, room)
 
 
 def _thick(V: Tensor, m: Member) -> Tensor:
@@ -149,7 +130,9 @@ def _thick(V: Tensor, m: Member) -> Tensor:
     return H if m.small.scale == 1 else H * m.small.scale
 
 
-def _input_gradient(dys: Sequence[Tensor], team: Team, V: Sequence[Tensor], thick: Sequence[Tensor | None]) -> Tensor:
+def _input_gradient(
+    dys: Sequence[Tensor], team: Team, V: Sequence[Tensor], thick: Sequence[Tensor | None], whole: Tensor | None
+) -> Tensor:
     """dx: stored and copied rows in one product, slices by an edit of dy, the base products added to it."""
     members = team.members
     columns, rows = [], []
@@ -168,7 +151,7 @@ def _input_gradient(dys: Sequence[Tensor], team: Team, V: Sequence[Tensor], thic
             rows += [m.R] if by_edit and m.R is not None else _rows(read, m.W)
     dx: Tensor | None = None
     if columns:
-        dx = (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)) @ team.joined(rows)
+        dx = _side_by_side(columns, whole) @ team.joined(rows)
     for dy, m, part in zip(dys, members, edited, strict=True):
         place = None if part is None else add_columns(dy, *part, m.layout.row_index)
         dx = dy @ m.W if dx is None else dx.addmm_(dy, m.W)
@@ -178,31 +161,57 @@ def _input_gradient(dys: Sequence[Tensor], team: Team, V: Sequence[Tensor], thic
     return dx
 
 
-def _reading_gradients(
-    members: Sequence[Member], thick: Sequence[Tensor | None], x: Tensor | None
-) -> list[Tensor | None]:
-    """[dR[n,i], ...] where R learns: one product, whose rows are theirs."""
+def _side_by_side(columns: Sequence[Tensor], whole: Tensor | None) -> Tensor:
+    """Columns as one matrix: `whole` itself where they are all of its."""
+    if whole is not None and sum(c.shape[1] for c in columns) == whole.shape[1]:
+        return whole
+    return columns[0] if len(columns) == 1 else torch.cat(tuple(columns), dim=1)
+
+
+def _reading_gradient(
+    members: Sequence[Member], thick: Sequence[Tensor | None], whole: Tensor | None, x: Tensor | None
+) -> Tensor | None:
+    """The gradients [n,i] of every R that learns in one product, one below the other."""
     own = [
         (H[:, : m.R.shape[0]], m.wants_R)
         for m, H in zip(members, thick, strict=True)
         if m.wants_R is not None and m.R is not None and H is not None
     ]
     if not own or x is None:
-        return [None] * len(members)
-    H = own[0][0] if len(own) == 1 else torch.cat([H for H, _ in own], dim=1)
+        return None
     types = {dtype for _, dtype in own}
-    whole = product(H.t(), x, types.pop() if len(types) == 1 else x.dtype)
-    parts = iter(whole.split([H.shape[1] for H, _ in own]))
+    H = _side_by_side([H for H, _ in own], whole)
+    return product(H.t(), x, types.pop() if len(types) == 1 else x.dtype)
+
+
+def _by_member(dR: Tensor | None, members: Sequence[Member]) -> list[Tensor | None]:
+    """Each member's rows of it."""
+    if dR is None:
+        return [None] * len(members)
+    parts = iter(dR.split([m.R.shape[0] for m in members if m.R is not None and m.wants_R is not None]))
     return [None if m.R is None or m.wants_R is None else typed(next(parts), m.wants_R) for m in members]
 
 
-def _writing_gradient(dy: Tensor, m: Member, U: Tensor) -> Tensor | None:
-    """dL[o,n] = dy^T F where L learns, with F made again."""
+def _writing_gradient(dy: Tensor, m: Member, U: Tensor, F: Tensor | None) -> Tensor | None:
+    """dL[o,n] = dy^T F where L learns, with F made again where it isn't there."""
     if m.L is None or m.wants_L is None:
         return None
     n, chain = m.L.shape[1], m.small.chain
-    F = through(U, (*chain[:-1], chain[-1][:n]) if chain else ())[-1][:, :n]
-    return product(dy.t(), F, m.wants_L, m.small.scale)
+    if F is None:
+        F = through(U, (*chain[:-1], chain[-1][:n]) if chain else ())[-1]
+    return product(dy.t(), F[:, :n], m.wants_L, m.small.scale)
+
+
+def _core_gradients(
+    members: Sequence[Member], V: Sequence[Tensor], thin: Sequence[Tensor], stack: Stack | None, room: Tensor | None
+) -> Tensor | list[Tensor | None]:
+    """dG[q,p] = V^T U of each layer whose core learns."""
+    types = {m.wants_G for m in members}
+    if stack is not None and room is not None and len(types) == 1 and (dtype := types.pop()) is not None:
+        return stack.gradients(room, dtype)
+    return [
+        None if m.wants_G is None else product(v.t(), u, m.wants_G) for m, v, u in zip(members, V, thin, strict=True)
+    ]
 
 
 PER_MEMBER = 6  # W, bias, R, L, C, D
@@ -219,13 +228,13 @@ class _Siblings(torch.autograd.Function):
         given = [tensors[at : at + PER_MEMBER] for at in range(0, len(tensors), PER_MEMBER)]
         with below_autograd():
             grams = [maker.expand(C, D) for maker, (*_, C, D) in zip(makers, given, strict=True)]
-            team = _team(
-                given, grams, makers, x.dtype, [needs[4 + n : 6 + n] for n in range(0, len(tensors), PER_MEMBER)]
-            )
-            ys, thin = forward_all(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), team)
+            layouts = [maker.layout for maker in makers]
+            learn = [needs[4 + n : 7 + n] for n in range(0, len(tensors), PER_MEMBER)]
+            team = make_team(given, grams, layouts, x.dtype, learn)
+            ys, features = forward_all(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), team)
         ctx.makers, ctx.shape = makers, x.shape
         keeps_x = any(m.wants_R is not None for m in team.members)
-        ctx.save_for_backward(x if keeps_x else None, *tensors, *grams, *thin)
+        ctx.save_for_backward(x if keeps_x else None, *tensors, *grams, *features)
         # No views: views among several outputs must not be changed in place, and what follows may want to.
         return tuple(ys) if x.dim() == 2 else tuple([_unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys])
 
@@ -248,57 +257,35 @@ def _from_kept(ctx: Any, saved: tuple[Any, ...], dys: Sequence[Tensor | None]) -
     x, *rest = saved
     makers, needs = ctx.makers, ctx.needs_input_grad
     count = len(makers)
-    thin, grams = rest[-count:], rest[-2 * count : -count]
+    at = PER_MEMBER * count
+    given, grams, features = (
+        [rest[n : n + PER_MEMBER] for n in range(0, at, PER_MEMBER)],
+        rest[at : at + count],
+        rest[at + count :],
+    )
     here = [n for n in range(count) if dys[n] is not None]
     out: list[Any] = [None] * len(needs)
     if not here:
         return tuple(out)
     flat = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys if dy is not None]
-    team = _team(
-        [rest[PER_MEMBER * n : PER_MEMBER * (n + 1)] for n in here],
-        [grams[n] for n in here],
-        [makers[n] for n in here],
-        flat[0].dtype,
-        [needs[4 + PER_MEMBER * n : 6 + PER_MEMBER * n] for n in here],
-    )
+    layouts = [maker.layout for maker in makers]
+    learn = [needs[4 + n : 7 + n] for n in range(0, at, PER_MEMBER)]
+    if len(here) < count:  # what is of no use to the others' gradients is left out
+        if len(features) < count:
+            features = list(split_features(features[0], widths_of([t[2] for t in given], layouts)))
+        features, given, grams, layouts, learn = (
+            [of[n] for n in here] for of in (features, given, grams, layouts, learn)
+        )
+    team = make_team(given, grams, layouts, flat[0].dtype, learn)
     kept = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    dx, dRs, dLs, V = backward_all(flat, team, kept, [thin[n] for n in here], needs[0])
+    dx, dR, dLs, dGs = backward_all(flat, team, kept, features, needs[0])
     out[0] = None if dx is None else dx.view(ctx.shape)
-    for n, dR, dL, v in zip(here, dRs, dLs, V, strict=True):
-        at = 2 + PER_MEMBER * n
-        out[at + 2], out[at + 3] = dR, dL
-        if needs[at + 4]:
-            C, D = rest[at + 2 : at + 4]  # `rest` begins with the first member, two places before the inputs
-            out[at + 4], out[at + 5] = makers[n].collapse(product(v.t(), thin[n], C.dtype), C, D)
+    for n, own, dL, dG, factors in zip(here, _by_member(dR, team.members), dLs, dGs, given, strict=True):
+        to = 2 + PER_MEMBER * n
+        out[to + 2], out[to + 3] = own, dL
+        if dG is not None:
+            out[to + 4], out[to + 5] = makers[n].collapse(dG, *factors[4:6])
     return tuple(out)
-
-
-def _team(
-    given: Sequence[Sequence[Any]],
-    grams: Sequence[Tensor | None],
-    makers: Sequence[FormMaker],
-    dtype: torch.dtype,
-    needs: Sequence[Sequence[bool]],
-) -> Team:
-    """Members of W, bias, R, L and what follows, with G, all factors in one type; `needs` is of R and L."""
-    count, stored = len(given), [t[2] for t in given]
-    cast, block = narrowed([*stored, *(t[3] for t in given), *grams], dtype)
-    members = [
-        Member(
-            *(t[0], t[1], R, L),
-            Small(() if G is None else (G,), maker.layout.scale),
-            maker.layout,
-            t[2].dtype if need[0] and R is not None else None,
-            t[3].dtype if need[1] and L is not None else None,
-        )
-        for t, R, L, G, maker, need in zip(
-            given, cast[:count], cast[count : 2 * count], cast[2 * count :], makers, needs, strict=True
-        )
-    ]
-    if block is None or any(R is None or R.dtype == dtype for R in stored):
-        return Team(members, None)
-    width = stored[0].shape[1]
-    return Team(members, block[: sum(R.numel() for R in stored)].view(-1, width))
 
 
 def siblings(x: Tensor, members: Sequence[tuple[Tensor, Tensor | None, Form]]) -> tuple[Tensor, ...]:
@@ -312,11 +299,11 @@ def siblings(x: Tensor, members: Sequence[tuple[Tensor, Tensor | None, Form]]) -
         tensors = [t for W, bias, form in members for t in (W, bias, *form[:4])]
         return _apply_siblings(x, [form.maker for _, _, form in members], *tensors)
     flat, forms = x.reshape(-1, x.shape[-1]), [form for _, _, form in members]
-    team = _team(
-        [(W, bias, form.R, form.L) for W, bias, form in members],
+    team = make_team(
+        [(W, bias, form.R, form.L, form.C) for W, bias, form in members],
         [form.maker.expand(form.C, form.D) for form in forms],
-        [form.maker for form in forms],
+        [form.maker.layout for form in forms],
         x.dtype,
-        [(False, False)] * len(members),
+        [(False, False, False)] * len(members),
     )
     return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in forward_all(flat, team)[0]])

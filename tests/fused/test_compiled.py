@@ -1,0 +1,195 @@
+"""Layers that read one input, joined in compiled code: the same outputs and gradients, and when they are left apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+
+from corelora.kernels import compiled, form, products
+from corelora.kernels.compiled import JoinSiblings, join, siblings_op
+from corelora.kernels.core_linear import linear_op
+from corelora.kernels.fast import set_fast
+from corelora.kernels.products import Order
+from fused.test_core_linear import CASES, _close
+from fused.test_siblings import Attention, adapted, outcome, plain
+
+
+@pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
+def _as_on_a_gpu(request, monkeypatch):
+    """Orders and groups of a GPU, on CPU tensors, with edits beside stored factors and without."""
+    monkeypatch.setattr(products, "EDIT_FROM", request.param)
+    monkeypatch.setattr(compiled, "_suits", lambda x: True)
+    torch.compiler.reset()
+    modes = set_fast("on"), products.set_order(Order.BEFORE), form.set_device("cuda")
+    yield
+    set_fast(modes[0])
+    products.set_order(modes[1])
+    form.set_device(modes[2])
+
+
+class Joined:
+    """A backend that runs the pass and leaves the rest to eager; counts groups and operations."""
+
+    def __init__(self) -> None:
+        self.groups = self.alone = 0
+        self.run = JoinSiblings()
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        self.run(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        targets = [node.target for node in graph.graph.nodes]
+        self.groups += targets.count(siblings_op)
+        self.alone += targets.count(linear_op)
+        return aot_eager(graph, inputs)
+
+
+@pytest.mark.parametrize(("method", "variant", "extra"), CASES, ids=str)
+def test_joined_as_apart(method, variant, extra):
+    """Every serial method: outputs, and the gradients of x and every factor; x comes back bit for bit."""
+    model, x = adapted(method, variant, **extra), torch.randn(3, 5, 37)
+    before, expected, backend = x.clone(), plain(model, x), Joined()
+    model.compile(fullgraph=True, backend=backend)
+    for a, b in zip(outcome(model, x), expected, strict=True):
+        _close(a, b, torch.float32)
+    assert torch.equal(x, before)
+    assert backend.groups + backend.alone > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "slora", "nlora", "inttune", "nora", "lora_xs"])
+def test_which_are_joined(method):
+    """k has a bias and stays alone; q and v are one operation."""
+    model, backend = adapted(method), Joined()
+    model.compile(fullgraph=True, backend=backend)
+    outcome(model, torch.randn(4, 37))
+    assert (backend.groups, backend.alone) == (1, 1)
+
+
+def test_factors_that_do_not_all_learn():
+    model, x = adapted("slora"), torch.randn(4, 37)
+    for name, p in model.named_parameters():
+        p.requires_grad_("corelora_B" in name or ("corelora" in name and name.startswith("q.")))
+    expected, backend = plain(model, x), Joined()
+    model.compile(fullgraph=True, backend=backend)
+    for a, b in zip(outcome(model, x), expected, strict=True):
+        _close(a, b, torch.float32)
+    assert backend.groups == 1
+
+
+def test_an_output_that_nobody_uses():
+    model, x = adapted("slora"), torch.randn(4, 37)
+    expected, backend = plain(model, x, used="q"), Joined()
+    model.compile(fullgraph=True, backend=backend)
+    found = outcome(model, x, used="q")
+    for a, b in zip(found[:2], expected[:2], strict=True):  # the other layers' gradients may be zeros or none
+        _close(a, b, torch.float32)
+
+
+class Between(Attention):
+    """Two layers on one input, with something between their calls."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.between = between
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
+        x = x * 1
+        first = self.q(x)
+        self.between(x)
+        return first, self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "groups"),
+    [
+        (lambda x: x.mul_(2), 0),
+        (lambda x: torch.relu_(x), 0),
+        (lambda x: x.__setitem__(0, 1.0), 0),
+        (lambda x: torch.add(x, 1, out=x), 0),
+        (lambda x: x.abs().transpose(0, 1), 1),
+    ],
+    ids=["method", "function", "item", "out", "nothing"],
+)
+def test_an_input_that_changes_between_the_calls(between, groups):
+    model, x, backend = adapted("slora"), torch.randn(4, 37), Joined()
+    model.__class__, model.between = Between, between
+    with torch.no_grad():
+        set_fast("off")
+        expected = model(x)
+        set_fast("on")
+        model.compile(fullgraph=True, backend=backend)
+        for a, b in zip(model(x), expected, strict=True):
+            _close(a, b, torch.float32)
+    assert backend.groups == groups
+
+
+def test_a_factor_that_follows_from_another_layers_output():
+    """Joined, the second would wait for itself."""
+
+    def both(x: Tensor, W: Tensor, R: Tensor, L: Tensor) -> Tensor:
+        y = linear_op(x, W, None, R, L, None, 0, None, 0, None, 1.0)[0]
+        return y + linear_op(x, W, None, R, L * y.mean(), None, 0, None, 0, None, 1.0)[0]
+
+    backend, given = Joined(), (torch.randn(4, 7), torch.randn(9, 7), torch.randn(3, 7), torch.randn(9, 3))
+    found = torch.compile(both, fullgraph=True, backend=backend)(*given)
+    _close(found, both(*given), torch.float32)
+    assert (backend.groups, backend.alone) == (0, 2)
+
+
+def test_on_a_cpu_they_stay_apart(monkeypatch):
+    monkeypatch.undo()
+    model, backend = adapted("slora"), Joined()
+    model.compile(fullgraph=True, backend=backend)
+    outcome(model, torch.randn(4, 37))
+    assert (backend.groups, backend.alone) == (0, 3)
+
+
+def test_registered_operation_is_well_formed():
+    """Fake tensors, autograd and aliasing, by PyTorch's own checker."""
+    x = torch.randn(2, 4, 7, requires_grad=True)
+    W = [torch.randn(9, 7), torch.randn(5, 7)]
+    R = [torch.randn(3, 7, requires_grad=True) for _ in W]
+    L = [torch.randn(w.shape[0], 3, requires_grad=True) for w in W]
+    G = [torch.randn(5, 5, requires_grad=True) for _ in W]
+    torch.library.opcheck(siblings_op, (x, W, [], R, L, G, [2, 2], [2, 2], [1.0, 1.0]))
+    bias = [torch.randn(9), torch.randn(5)]
+    torch.library.opcheck(siblings_op, (x, W, bias, [], [], [g[:2, :2] for g in G], [2, 2], [2, 2], [1.0, 1.0]))
+    torch.library.opcheck(siblings_op, (x, W, [], R, L, [], [0, 0], [0, 0], [0.5, 2.0]))
+
+
+def test_inductor_is_told_while_a_layer_is_compiled():
+    """After a pass that the user has set, once, and with a name that follows from both for inductor's cache."""
+    ran, model = [], adapted("slora")
+    with inductor.patch(pre_grad_custom_pass=ran.append):
+        for _ in range(2):
+            torch.compiler.reset()
+            torch.compile(model, fullgraph=True, backend="eager")(torch.randn(4, 37))
+        ours = inductor.pre_grad_custom_pass
+    assert isinstance(ours, JoinSiblings)
+    assert ours.before == ran.append
+    assert ours.uuid() is None  # nobody knows what theirs does
+    graph = torch.fx.Graph()
+    ours(graph)
+    assert ran == [graph]
+    assert JoinSiblings().uuid() == JoinSiblings().uuid() != JoinSiblings(JoinSiblings()).uuid()
+
+
+def test_by_inductor(monkeypatch):
+    """The pass where inductor runs it, before autograd's graphs are made."""
+    counts = []
+    monkeypatch.setattr(compiled, "join", lambda graph: counts.append(join(graph)) or counts[-1])
+    model, x = adapted("nlora"), torch.randn(4, 37)
+    expected = plain(model, x)
+    with inductor.patch(force_disable_caches=True):
+        model.compile(fullgraph=True)
+        for a, b in zip(outcome(model, x), expected, strict=True):
+            _close(a, b, torch.float32)
+    assert counts == [1]
+
+
+def test_linear_without_siblings():
+    model = nn.Linear(3, 3)
+    assert join(torch.fx.symbolic_trace(model).graph) == 0
