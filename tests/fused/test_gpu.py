@@ -170,7 +170,7 @@ def test_layers_of_one_input_together(method, dtype, wide):
 
 @pytest.mark.parametrize("method", ["lora", "nlora", "inttune", "nora"])
 def test_compiled_as_cuda_graphs(method, monkeypatch):
-    """torch.compile's mode reduce-overhead over some steps: one curve with eager, no graph overwrites another's, and the
+    """torch.compile's mode reduce-overhead over some steps: one curve with eager, no graph overwrites another, and the
     layers that read one input are one operation."""
     ids = torch.randint(0, 100, (4, 32), device="cuda")
     curves, joined, join = [], [], compiled.join
