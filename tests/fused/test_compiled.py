@@ -153,11 +153,11 @@ def test_registered_operation_is_well_formed():
     W = [torch.randn(9, 7), torch.randn(5, 7)]
     R = [torch.randn(3, 7, requires_grad=True) for _ in W]
     L = [torch.randn(w.shape[0], 3, requires_grad=True) for w in W]
-    G = [torch.randn(5, 5, requires_grad=True) for _ in W]
+    G = torch.randn(2, 5, 5, requires_grad=True)
     torch.library.opcheck(siblings_op, (x, W, [], R, L, G, [2, 2], [2, 2], [1.0, 1.0]))
     bias = [torch.randn(9), torch.randn(5)]
-    torch.library.opcheck(siblings_op, (x, W, bias, [], [], [g[:2, :2] for g in G], [2, 2], [2, 2], [1.0, 1.0]))
-    torch.library.opcheck(siblings_op, (x, W, [], R, L, [], [0, 0], [0, 0], [0.5, 2.0]))
+    torch.library.opcheck(siblings_op, (x, W, bias, [], [], torch.randn(2, 2, 2), [2, 2], [2, 2], [1.0, 1.0]))
+    torch.library.opcheck(siblings_op, (x, W, [], R, L, None, [0, 0], [0, 0], [0.5, 2.0]))
 
 
 def test_inductor_is_told_while_a_layer_is_compiled():

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from corelora.bench.measure import Device, Emit, Spread
+from corelora.bench.measure import GIB, Device, Emit, Spread
 from corelora.bench.peers import BASE, Peer, Ranks, find_peer
 from corelora.bench.published import TRAINING_SECONDS, published_ratio
 from corelora.bench.shapes import DTYPES, random_model, shape_config, shown_name
@@ -31,6 +31,7 @@ _OTHERS = ("peft_lora", "peft_lora_fp32", "peft_dora", "liger")
 DEFAULT_NAMES = (BASE, *_OTHERS, "inttune", "nora", "lora", "slora", "nlora", "nlora:folded")
 MODES = {"off": (False,), "on": (True,), "both": (False, True)}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+RECORDED = ("reduce-overhead", "max-autotune")  # those with CUDA graphs
 RATE = 1e-5
 Cell = tuple[str, bool, int]  # name, compiled, batch
 
@@ -109,6 +110,7 @@ class Variant:
         model: what is called: the inner causal language model, adapters inside.
         optimizer: None where nothing learns.
         own: the tensors that are not the base model's.
+        stays: on its device between visits: a recorded graph reads its tensors where they were.
         graph_breaks: reasons that torch.compile gave for breaking the graph, each with a count; None where eager.
     """
 
@@ -118,6 +120,7 @@ class Variant:
     model: Any
     optimizer: torch.optim.Optimizer | None
     own: list[Tensor] = field(default_factory=list)
+    stays: bool = False
     graph_breaks: dict[str, int] | None = None
 
     @property
@@ -125,10 +128,17 @@ class Variant:
         """How many numbers learn."""
         return 0 if self.optimizer is None else sum(p.numel() for g in self.optimizer.param_groups for p in g["params"])
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its factors and the optimiser's states."""
+        states = [] if self.optimizer is None else [s for v in self.optimizer.state.values() for s in v.values()]
+        return [*self.own, *(s for s in states if isinstance(s, Tensor))]
+
     def move(self, device: str) -> None:
         """Bring what belongs to this variant alone to a device: its factors and the optimiser's states."""
-        states = [] if self.optimizer is None else [s for v in self.optimizer.state.values() for s in v.values()]
-        for tensor in (*self.own, *(s for s in states if isinstance(s, Tensor))):
+        if self.stays:
+            return
+        for tensor in self.tensors:
             tensor.data = tensor.data.to(device)
         for module in self.model.modules():
             if isinstance(module, CoreLoraLayer):
@@ -208,7 +218,8 @@ class StepBench:
         optimizer = torch.optim.AdamW(learning, lr=RATE, fused=self.device.is_gpu) if learning else None
         shared = {id(t) for t in (*self.base.parameters(), *self.base.buffers())}
         own = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in shared]
-        variant = Variant(name, peer, compiled, model, optimizer, own)
+        stays = compiled and request.compile_mode in RECORDED and self.device.is_gpu
+        variant = Variant(name, peer, compiled, model, optimizer, own, stays)
         variant.move("cpu")
         self.device.tidy()
         return variant
@@ -262,7 +273,13 @@ class StepBench:
             variant.step(ids)
         self.device.start_peak()
         times = self.device.times(lambda: variant.step(ids), self.request.steps)
-        return times, self.device.peak_gib()
+        return times, self._own_peak(variant)
+
+    def _own_peak(self, variant: Variant) -> float | None:
+        """GiB at the peak, without what others keep on the device."""
+        peak = self.device.peak_gib()
+        others = [t for v in self.variants if v.stays and v is not variant for t in v.tensors]
+        return None if peak is None else peak - sum(t.nbytes for t in others) / GIB
 
     def results(self) -> list[dict[str, Any]]:
         """What was measured: milliseconds (median, p10, p90), ratios to the base and to PEFT LoRA, peak GiB."""

@@ -19,6 +19,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from corelora.kernels.core_linear import linear_op, operation
 from corelora.kernels.form import Layout
+from corelora.kernels.narrow import typed
 from corelora.kernels.siblings import backward_all, forward_all
 from corelora.kernels.team import Team, make_team
 
@@ -32,14 +33,14 @@ def siblings_op(
     bias: list[Tensor],
     R: list[Tensor],
     L: list[Tensor],
-    G: list[Tensor],
+    G: Tensor | None,
     rows: list[int],
     cols: list[int],
     scales: list[float],
 ) -> list[Tensor]:
-    """[y[..., o], ... of each layer, U[T, sum p]]; a list is empty where the layers have none of its kind."""
+    """[y[..., o], ... of each layer, U[T, sum p]], with G[n,q,p]; a list is empty where no layer has of its kind."""
     flat = x.reshape(-1, x.shape[-1])
-    ys, features = forward_all(flat, _team(x.dtype, (W, bias, R, L, G), (rows, cols, scales), (False, False, False)))
+    ys, features = forward_all(flat, _team(x.dtype, (W, bias, R, L), G, (rows, cols, scales), (False, False, False)))
     U = features[0] if len(features) == 1 else torch.cat(features, dim=1)
     return [*(y.view(*x.shape[:-1], y.shape[1]) for y in ys), U]
 
@@ -57,7 +58,7 @@ def siblings_backward_op(
     W: list[Tensor],
     R: list[Tensor],
     L: list[Tensor],
-    G: list[Tensor],
+    G: Tensor | None,
     U: Tensor,
     rows: list[int],
     cols: list[int],
@@ -66,7 +67,7 @@ def siblings_backward_op(
 ) -> list[Tensor]:
     """[dx, [dR1 ; dR2 ; ..], dG[n,q,p], dL, ...]; `needs` is of x, R, L, G, and what nobody asks for is empty ([0])."""
     flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    team = _team(flat[0].dtype, (W, [], R, L, G), (rows, cols, scales), needs[1:])
+    team = _team(flat[0].dtype, (W, [], R, L), G, (rows, cols, scales), needs[1:])
     read = None if x is None else x.reshape(-1, x.shape[-1])
     dx, dR, dLs, dGs = backward_all(flat, team, read, [U], needs[0])
     dx = None if dx is None else dx.view(*dys[0].shape[:-1], dx.shape[1])
@@ -81,7 +82,7 @@ def _(dys, x, W, R, L, G, U, rows, cols, scales, needs):
     dy, nothing = dys[0], dys[0].new_empty(0)
     dx = dy.new_empty(*dy.shape[:-1], W[0].shape[1]) if needs[0] else nothing
     dR = R[0].new_empty(sum(r.shape[0] for r in R), W[0].shape[1]) if needs[1] else nothing
-    dG = G[0].new_empty(len(G), *G[0].shape) if needs[3] else nothing
+    dG = G.new_empty(G.shape) if needs[3] else nothing
     dLs = [t.new_empty(t.shape) if needs[2] else dy.new_empty(0) for t in L] or [dy.new_empty(0) for _ in W]
     return [dx, dR, dG, *dLs]
 
@@ -89,42 +90,45 @@ def _(dys, x, W, R, L, G, U, rows, cols, scales, needs):
 def _setup(ctx, inputs, output):
     x, W, _, R, L, G, rows, cols, scales = inputs
     keep_x = any(t.requires_grad for t in R)
-    ctx.save_for_backward(x if keep_x else None, *W, *R, *L, *G, output[-1])
-    ctx.sizes = [len(W), len(R), len(L), len(G)]
+    ctx.save_for_backward(x if keep_x else None, G, output[-1], *W, *R, *L)
+    ctx.sizes = [len(W), len(R), len(L)]
     ctx.numbers = (rows, cols, scales)
 
 
 def _backward(ctx, grads):
-    x, *rest = ctx.saved_tensors
-    *rest, U = rest
+    x, G, U, *rest = ctx.saved_tensors
     parts = iter(rest)
-    W, R, L, G = ([next(parts) for _ in range(size)] for size in ctx.sizes)
+    W, R, L = ([next(parts) for _ in range(size)] for size in ctx.sizes)
     rows, cols, scales = ctx.numbers
-    needs = [ctx.needs_input_grad[0], *(any(_flags(ctx.needs_input_grad[n])) for n in (3, 4, 5))]
-    made = siblings_backward_op(list(grads[:-1]), x, W, R, L, G, U, rows, cols, scales, needs)
-    dx, dR, dG, *others = made
+    n = ctx.needs_input_grad
+    needs = [n[0], any(n[3]), any(n[4]), n[5]]
+    dx, dR, dG, *others = siblings_backward_op(list(grads[:-1]), x, W, R, L, G, U, rows, cols, scales, needs)
     dRs = list(dR.split([t.shape[0] for t in R])) if needs[1] else [None] * len(R)
     dLs = [dL if needs[2] else None for _, dL in zip(L, others, strict=False)]
-    dGs = list(dG.unbind()) if needs[3] else [None] * len(G)
-    nothing = [None] * len(W)
-    return dx if needs[0] else None, nothing, [None] * len(ctx.needs_input_grad[2]), dRs, dLs, dGs, None, None, None
-
-
-def _flags(given: Any) -> Sequence[bool]:
-    return given if isinstance(given, (list, tuple)) else (given,)
+    fixed = [None] * len(W), [None] * len(n[2])
+    return dx if needs[0] else None, *fixed, dRs, dLs, dG if needs[3] else None, None, None, None
 
 
 torch.library.register_autograd("corelora::siblings", _backward, setup_context=_setup)
 
 
 def _team(
-    dtype: torch.dtype, tensors: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[Any]], learn: Sequence[bool]
+    dtype: torch.dtype,
+    tensors: Sequence[Sequence[Tensor]],
+    G: Tensor | None,
+    numbers: Sequence[Sequence[Any]],
+    learn: Sequence[bool],
 ) -> Team:
-    """The layers of the operation's lists: W, bias, R, L, G; rows, cols, scales; what learns of R, L and G."""
+    """The layers of the operation's lists: W, bias, R, L; G; rows, cols, scales; what learns of R, L and G."""
     count = len(tensors[0])
-    whole: list[list[Any]] = [list(given) or [None] * count for given in tensors]
+    whole: list[Sequence[Any]] = [list(given) or [None] * count for given in tensors]
+    cores: Sequence[Any] = [None] * count if G is None else G.unbind()
+    cast = None if G is None else typed(G, dtype)
     layouts = [Layout(n, None, m, None, scale) for n, m, scale in zip(*numbers, strict=True)]
-    return make_team(list(zip(*whole, strict=True)), whole[-1], layouts, dtype, [learn] * count)
+    given = list(zip(*whole, cores, strict=True))
+    team = make_team(given, cores if cast is None else cast.unbind(), layouts, dtype, [learn] * count)
+    team.grams = cast
+    return team
 
 
 def join(graph: fx.Graph) -> int:
@@ -214,10 +218,13 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul",
 def _replace(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     """The joined node stands where the last one stood; users of the others are before it until the graph is sorted."""
     given = [_arguments(node) for node in nodes]
-    lists = [[g[name] for g in given if g[name] is not None] for name in ("W", "bias", "R", "L", "G")]
+    lists = [[g[name] for g in given if g[name] is not None] for name in ("W", "bias", "R", "L")]
     numbers = [[g[name] for g in given] for name in ("rows", "cols", "scale")]
+    cores = [g["G"] for g in given]
     with graph.inserting_after(nodes[-1]):
-        joined = graph.call_function(siblings_op, (given[0]["x"], *lists, *numbers))
+        G = None if cores[0] is None else graph.call_function(torch.stack, (cores,))
+    with graph.inserting_after(G or nodes[-1]):
+        joined = graph.call_function(siblings_op, (given[0]["x"], *lists, G, *numbers))
     for at, node in enumerate(nodes):
         with graph.inserting_after(joined):
             y = graph.call_function(getitem, (joined, at))

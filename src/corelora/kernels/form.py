@@ -83,24 +83,23 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """scale * a @ b in a type, of matrices or of stacks of them.
+    """scale * a @ b in a type.
 
     A GPU adds up products of narrow numbers in float32 and rounds the sums as it writes them; asked for float32, torch
     from 2.8 on writes them as they are: nothing is rounded, and nothing cast afterwards.
     """
     wide = scale == 1 and dtype == torch.float32 and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
     if wide and _writes_wide(a.dtype):
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=dtype)
+        return torch.mm(a, b, out_dtype=dtype)
     return typed(scaled_product(a, b, scale), dtype)
 
 
 @cache
 def _writes_wide(dtype: torch.dtype) -> bool:
     """Whether this torch and GPU can."""
-    one = torch.ones(1, 8, 8, dtype=dtype, device="cuda")
+    one = torch.ones(8, 8, dtype=dtype, device="cuda")
     try:
-        torch.mm(one[0], one[0], out_dtype=torch.float32)
-        torch.bmm(one, one, out_dtype=torch.float32)
+        torch.mm(one, one, out_dtype=torch.float32)
     except (TypeError, RuntimeError):  # another signature; not written for this device
         return False
     return True

@@ -41,7 +41,7 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     if any(apart):
         return _some_apart(x, team, writes, apart, x @ team.joined(rows).t() if rows else None)
     thin = x @ team.joined(rows).t()
-    stack = stack_of([m.small for m in members], thin)
+    stack = stack_of([m.small for m in members], thin, team.grams)
     if stack is not None and any(write.stored is not None for write in writes):
         for m, F in zip(members, stack.forward(), strict=True):
             m.small.F = F
@@ -103,15 +103,16 @@ def backward_all(
     members = team.members
     together = features[0] if len(features) < len(members) else None
     thin = features if together is None else split_features(together, team.widths)
-    stack = stack_of([m.small for m in members], together)
-    room: Any = None if stack is None else stack.room()
+    stack = stack_of([m.small for m in members], together, team.grams)
+    room = None if stack is None else stack.room()
+    places: Any = [None] * len(members) if room is None else room.chunk(len(members), dim=1)
     V = [
-        torch.mm(dy, write_side(m.L, m.layout).rows(m.W.t()).t(), out=None if room is None else room[n])
-        for n, (dy, m) in enumerate(zip(dys, members, strict=True))
+        torch.mm(dy, write_side(m.L, m.layout).rows(m.W.t()).t(), out=place)
+        for dy, m, place in zip(dys, members, places, strict=True)
     ]
     # H = V G, where more is done with it than one edit, which applies G itself.
     plain = [m.R is not None or not m.layout.rows or not m.small.chain for m in members]
-    whole = stack.backward(room) if stack is not None and all(plain) else None
+    whole = stack.backward(room) if stack is not None and room is not None and all(plain) else None
     H: Sequence[Tensor | None]
     if whole is None:
         H = [_thick(v, m) if more else None for v, m, more in zip(V, members, plain, strict=True)]

@@ -8,7 +8,6 @@ features that read the input lie side by side in one tensor [T, n p], which batc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,51 +22,63 @@ class Stack:
     Args:
         chains: G[q,p] of each of n layers, of one shape.
         side_by_side: U of all, [T, n p].
+        G: [n,q,p], where it is there already.
     """
 
-    def __init__(self, chains: Sequence[Tensor], side_by_side: Tensor) -> None:
+    def __init__(self, chains: Sequence[Tensor], side_by_side: Tensor, G: Tensor | None) -> None:
         self.chains = chains
+        self.side_by_side = side_by_side
         self.U = columns_of(side_by_side, len(chains))
+        self._G = G
 
-    @cached_property
+    @property
     def G(self) -> Tensor:
         """[n,q,p]."""
-        return torch.stack(tuple(self.chains))
+        if self._G is None:
+            self._G = torch.stack(tuple(self.chains))
+        return self._G
 
     def forward(self) -> Tensor:
         """F[n,T,q] = U G^T."""
         return torch.bmm(self.U, self.G.transpose(1, 2))
 
     def room(self) -> Tensor:
-        """Memory for V[n,T,q]."""
+        """Memory for V of all, [T, n q]."""
         n, T, _ = self.U.shape
-        return self.U.new_empty(n, T, self.chains[0].shape[0])
+        return self.U.new_empty(T, n * self.chains[0].shape[0])
 
     def backward(self, V: Tensor) -> Tensor:
-        """H = V G for V[n,T,q], side by side [T, n p]."""
+        """H = V G of all, [T, n p], for V[T, n q]."""
         n, T, p = self.U.shape
         H = V.new_empty(T, n * p)
-        torch.bmm(V, self.G, out=columns_of(H, n))
+        torch.bmm(columns_of(V, n), self.G, out=columns_of(H, n))
         return H
 
     def gradients(self, V: Tensor, dtype: torch.dtype) -> Tensor:
-        """dG[n,q,p] = V^T U for V[n,T,q]."""
-        return product(V.transpose(1, 2), self.U, dtype)
+        """dG[n,q,p] = V^T U for V[T, n q].
+
+        The blocks on the diagonal of one product over all: its sums run over T, which a product of few rows and columns
+        splits among the processors of a GPU and a batched one leaves to n of them.
+        """
+        n, (q, p) = len(self.chains), self.chains[0].shape
+        every = product(V.t(), self.side_by_side, dtype).view(n, q, n, p)
+        return every.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def stack_of(smalls: Sequence[Small], side_by_side: Tensor | None) -> Stack | None:
+def stack_of(smalls: Sequence[Small], side_by_side: Tensor | None, grams: Tensor | None) -> Stack | None:
     """The stack of a group; None for layers whose G differ in shape, or are none.
 
     Args:
         smalls: of each layer.
         side_by_side: their features [T, n p]; None where they are apart.
+        grams: G [n,q,p] of all, where it is there already.
     """
     chains = [small.chain for small in smalls]
     if side_by_side is None or any(len(chain) != 1 for chain in chains):
         return None
     if any(small.scale != 1 for small in smalls) or len({chain[0].shape for chain in chains}) > 1:
         return None
-    return Stack([chain[0] for chain in chains], side_by_side)
+    return Stack([chain[0] for chain in chains], side_by_side, grams)
 
 
 def columns_of(side_by_side: Tensor, count: int) -> Tensor:

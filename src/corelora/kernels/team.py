@@ -50,10 +50,12 @@ class Team:
     Attributes:
         members: in the order of their calls.
         stored: all their R, one below the other, where casting has put them so.
+        grams: all their G [n,q,p], where they came so.
     """
 
     members: list[Member]
     stored: Tensor | None
+    grams: Tensor | None = None
 
     @property
     def widths(self) -> list[int]:
