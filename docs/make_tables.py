@@ -17,7 +17,7 @@ from typing import Any
 import figures
 from key_tables import keys, recipe_parts, table
 from step_tables import fsdp2, host, profile, step_again, step_together
-from study_tables import dtd, known_answers, known_runs, minilm, study
+from study_tables import dtd, known_answers, known_runs, minilm, rates, study
 
 import corelora
 from corelora.bench.floors import all_shapes, floor
@@ -102,23 +102,6 @@ def plan() -> str:
     ]
     what = "LLaMA-2-7B, all seven linear types, r = 128 (NoRA k = 64), bfloat16 base, 4 x 512 tokens, AdamW"
     return f"`corelora plan llama --r 128`: {what}; counted and estimated, not measured.\n\n" + table(header, rows)
-
-
-def training(task: str, metric: str, percent: bool) -> Callable[[], str]:
-    """Runs of recipes on one task, by method and rate."""
-
-    def made() -> str:
-        runs = figures.read("training-h100.json")["runs"]
-        rows = []
-        for run in runs:
-            if run["task"] == task:
-                value = run.get(metric)
-                shown = run["failed"] if value is None else f"{100 * value:.1f}" if percent else f"{value:.4f}"
-                trained = f"{run['trained']:,}" if "trained" in run else "-"
-                rows.append([run["method"], f"{run['lr']:g}", trained, shown])
-        return table(["method", "lr", "trained", metric.removeprefix("test_").replace("_", " ")], rows)
-
-    return made
 
 
 def clip() -> str:
@@ -251,10 +234,6 @@ TABLES = {
     "question-keys": keys(Question),
     "published-keys": keys(Published),
     "study-tiny": study("study-tiny.json"),
-    "train-gsm8k": training("gsm8k", "test_loss", percent=False),
-    "train-sst2": training("sst2", "test_accuracy", percent=True),
-    "train-cola": training("cola", "test_matthews_correlation", percent=True),
-    "train-stsb": training("stsb", "test_pearson", percent=True),
     "methods": methods,
     "early-runs": early_runs,
     "plan": plan,
@@ -263,6 +242,7 @@ TABLES = {
     "step-h100": bench("step", "step-h100.jsonl"),
     "step-h100-again": step_again,
     "step-together": step_together,
+    "compiled-h200": bench("step", "compiled-h200.jsonl"),
     "profile-compiled": profile("profile-compiled-h200.json"),
     "profile-graphs": profile("profile-graphs-h200.json"),
     "host": host,
@@ -270,6 +250,7 @@ TABLES = {
     "dtd": dtd,
     "init-h200": bench("init", "init-h200.jsonl"),
     "minilm": minilm,
+    "gsm8k-rates": rates(["LoRA", "NLoRA"]),
     "known-answers": known_answers("smollm2-gsm8k/methods"),
     "known-methods": known_runs("smollm2-gsm8k/methods"),
     "known-nlora": known_runs("smollm2-gsm8k/nlora"),

@@ -79,13 +79,13 @@ def fsdp2() -> str:
             times = " and ".join(f"{v['ms']:.0f} ({v['p10']:.0f} to {v['p90']:.0f})" for v in own)
             ratio = "" if devices == 1 else f"{line['ratio']:.2f}"
             gib = f"{max(v['gib'] for v in own):.1f}"
-            rows.append([str(devices), "-" if devices == 1 else kept, speed, times, gib, ratio])
+            tokens = f"{line['request']['batch']} x {line['request']['length']}"
+            rows.append([tokens, str(devices), "-" if devices == 1 else kept, speed, times, gib, ratio])
         visits = []
     request = line["request"]
-    tokens = f"{request['batch']} x {request['length']} tokens a GPU"
-    what = f"{line['device']}, {request['method']}, r = {request['r']}, {tokens}"
-    header = ["GPUs", "layers", "tokens a second", "a step, ms (p10 to p90)", "peak GiB a GPU", "ratio"]
-    return f"{what}, {request['steps']} steps a visit.\n\n" + table(header, rows)
+    what = f"{line['device']}, {request['method']}, r = {request['r']}"
+    header = ["tokens a GPU", "GPUs", "layers", "tokens a second", "a step, ms (p10 to p90)", "peak GiB a GPU", "ratio"]
+    return f"{what}, 10 to 20 steps a visit.\n\n" + table(header, rows)
 
 
 def _what(data: dict[str, Any]) -> str:

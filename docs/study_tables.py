@@ -17,6 +17,7 @@ from corelora.compare.folder import StudyFolder
 from corelora.compare.known import take_known
 from corelora.compare.leaders import Leader
 from corelora.compare.session import start_study
+from corelora.compare.standing import Standing
 from corelora.compare.tables import answer_rows, group_leaders, leader_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -40,21 +41,29 @@ def dtd() -> str:
         groups = zip(folder.study.groups, folder.standings().values(), strict=True)
         leaders = {group.name: group_leaders(folder, group, runs) for group, runs in groups}
     whole = {name: found for name, found in leaders.items() if all(len(x.scores) > 1 for x in found)}
-    return "\n\n".join(f"{name}:\n\n{_beside_head(found)}" for name, found in whole.items())
+    parts = [f"{name}:\n\n{_beside_head(found)}" for name, found in whole.items()]
+    best, head = _scores(leaders["16 shots, strong crops"], "nora"), _scores(leaders["16 shots"], "head")
+    parts.append(f'NoRA with strong crops above the head of "16 shots", same pictures: {_gain(best, head)}.')
+    return "\n\n".join(parts)
 
 
-def above_head(found: Sequence[Leader], method: str) -> tuple[float, float]:
-    """(mean, deviation) of how much better a method is than the head alone, seed by seed."""
-    scores = {dict(x.setting)["method"]: {r.run.seed: r.figure("test_accuracy") or 0.0 for r in x.runs} for x in found}
-    gains = [value - scores["head"][seed] for seed, value in scores[method].items()]
-    return statistics.fmean(gains), statistics.stdev(gains)
+def _scores(found: Sequence[Leader], method: str) -> dict[int, float]:
+    """A method's test accuracy by seed."""
+    [leader] = [x for x in found if dict(x.setting)["method"] == method]
+    return {r.run.seed: r.figure("test_accuracy") or 0.0 for r in leader.runs}
+
+
+def _gain(scores: dict[int, float], others: dict[int, float]) -> str:
+    """How much better one is than the other, seed by seed: mean and deviation."""
+    gains = [value - others[seed] for seed, value in scores.items()]
+    return f"{statistics.fmean(gains):+.4f} ± {statistics.stdev(gains):.4f}"
 
 
 def _beside_head(found: Sequence[Leader]) -> str:
-    rows = []
+    rows, head = [], _scores(found, "head")
     for leader in found:
         method = dict(leader.setting)["method"]
-        gain = "-" if method == "head" else "{:+.4f} ± {:.4f}".format(*above_head(found, method))
+        gain = "-" if method == "head" else _gain(_scores(found, method), head)
         score = f"{leader.mean:.4f} ± {statistics.stdev(leader.scores):.4f}"
         rate = " ".join(f"{value}" for _, value in leader.tuned)
         numbers = [leader.average(name) or 0.0 for name in ("trained_parameters", "seconds")]
@@ -86,6 +95,25 @@ def known_answers(name: str) -> Callable[[], str]:
             return table(*answer_rows(folder))
 
     return made
+
+
+def rates(methods: Sequence[str]) -> Callable[[], str]:
+    """Test losses of methods on GSM8K at every rate that was tried, with the first seed."""
+
+    def made() -> str:
+        with known_study("smollm2-gsm8k/methods") as folder:
+            runs = [s for s in next(iter(folder.standings().values())) if s.run.seed == 0]
+        ours = [s for s in runs if s.run.labels["method"] in methods and s.state != "missing"]
+        tried = sorted({s.run.labels["lr"] for s in ours}, key=float)
+        found = {(s.run.labels["method"], s.run.labels["lr"]): _loss(s) for s in runs}
+        return table(["test loss at lr", *tried], [[m, *(found.get((m, lr), "-") for lr in tried)] for m in methods])
+
+    return made
+
+
+def _loss(run: Standing) -> str:
+    loss = run.figure("test_loss")
+    return ("not finite" if run.failed else "-") if loss is None else f"{loss:.4f}"
 
 
 def minilm() -> str:

@@ -96,6 +96,22 @@ def write_accuracy(planned, study, loss):
     (place / "results.json").write_text(json.dumps({"test_loss": loss, "test_accuracy": accuracy}))
 
 
+def test_a_plateau_is_left(folder, tmp_path, monkeypatch):
+    """Three rates at which a classifier always answers one class say nothing of what lies beyond them."""
+    group = GROUP | {"score": "test_f1"}
+    scores = {("lora", r): x for r, x in zip(RATES, [0.87, 0.81, 0.81, 0.81, 0.81], strict=True)}
+    scores |= {("nlora", r): x for r, x in zip(RATES, [0.5, 0.6, 0.7, 0.7, 0.6], strict=True)}
+
+    def write(planned, study, score):
+        place = planned.folder(study.root)
+        place.mkdir(parents=True)
+        (place / "results.json").write_text(json.dumps({"test_f1": score, "test_loss": 1.0}))
+
+    made, whole = walked(opened(tmp_path, folder, [group]), scores, monkeypatch, write)
+    assert whole
+    assert made == {"lora": [1e-3, 1e-4, 1e-2, 1e-5, 1e-1], "nlora": [1e-3, 1e-4, 1e-2]}
+
+
 def test_rates_to_begin_with_are_checked(folder, tmp_path):
     """Both mistakes in the study's own words, before anything runs."""
     with pytest.raises(CoreLoraError, match=r"begin: 0.5 is not among the rates, \['1e-05', "):

@@ -14,8 +14,9 @@ def asked(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> li
 
     Each compared setting begins with the rates of `group.begin` and goes on to the next one above or below while the
     best rate, or one within 1 % of its loss, is the highest or lowest of those tried. Where all fail, lower ones
-    follow. Where another figure than the loss decides, the best alone is followed: at rates that are too high a
-    classifier's losses are all alike.
+    follow; where all score the same, as a classifier does that always answers one class, both ways are gone. Where
+    another figure than the loss decides, the best alone is followed: at rates that are too high a classifier's losses
+    are all alike.
 
     Args:
         group: of the study.
@@ -39,8 +40,9 @@ def _outward(group: Group, runs: Sequence[Standing], score: str, lower: bool) ->
         if any(run.state == "missing" for run in tried):
             return tried
         leader = leader_of(group, tried, score, lower)
+        alike = len(tried) > 1 and len({run.figure(score) for run in tried}) == 1
         below, above = _reaches(leader, rates[low], rates[high], score == LOSS)
-        wider = max(0, low - below), min(len(rates) - 1, high + above)
+        wider = max(0, low - (below or alike)), min(len(rates) - 1, high + (above or alike))
         if wider == (low, high):
             return tried
         low, high = wider
