@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,10 +83,24 @@ def sets(given: list[str]) -> list[str]:
     return [f"--set={text}" for text in given]
 
 
-def corelora(*given: str) -> int:
-    """Run one command of this project's, its output as it comes."""
+def corelora(*given: str, meanwhile: Callable[[], None] = lambda: None) -> int:
+    """Run one command of this project's, its output as it comes; `meanwhile` is called every second, and afterwards."""
     print("corelora", *given, flush=True)
-    return subprocess.run([sys.executable, "-m", "corelora", *given], cwd=ROOT, check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", "corelora", *given], cwd=ROOT)
+    while process.poll() is None:
+        time.sleep(1)
+        meanwhile()
+    meanwhile()
+    return process.returncode
+
+
+def keep(made: Path, kept: Path) -> None:
+    """Take over the runs of a study that goes on, whole or not at all."""
+    if made.is_file() and (not kept.is_file() or made.stat().st_mtime > kept.stat().st_mtime):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(".new")
+        shutil.copy2(made, new)
+        new.replace(kept)
 
 
 def main() -> int:
@@ -115,10 +131,8 @@ def main() -> int:
         more += ["--jobs", str(given.jobs)] if given.jobs else []
         about = [*sets([*words(name, given.data), *given.more]), "--data", given.data]
         about += ["--output", folder, "--minutes", f"{left:.2f}"]
-        worst = max(worst, corelora("compare", str(studies[name].relative_to(ROOT)), *about, *more))
-        if (ROOT / folder / "runs.jsonl").is_file():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / folder / "runs.jsonl", kept)
+        study, made = str(studies[name].relative_to(ROOT)), ROOT / folder / "runs.jsonl"
+        worst = max(worst, corelora("compare", study, *about, *more, meanwhile=partial(keep, made, kept)))
     return worst
 
 

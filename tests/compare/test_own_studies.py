@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_kept_runs_are_runs_of_their_study(path, tmp_path):
 def test_the_commands_that_it_runs(monkeypatch, tmp_path, capsys):
     """One `compare` a study, with what is known, within the minutes that are left; unknown names run nothing."""
     made = []
-    monkeypatch.setattr(studies, "corelora", lambda *words: made.append(words) or 0)
+    monkeypatch.setattr(studies, "corelora", lambda *words, meanwhile: made.append(words) or 0)
     name = "smollm2-gsm8k/methods"
     monkeypatch.setattr("sys.argv", ["studies.py", "--minutes", "5", "--jobs", "3", "--set", "loop.steps=2", name])
     assert studies.main() == 0
@@ -70,3 +71,18 @@ def test_the_commands_that_it_runs(monkeypatch, tmp_path, capsys):
     assert studies.main() == 1
     assert "unknown: smollm2-gsm8k/method\n" in capsys.readouterr().out
     assert len(made) == 1
+
+
+def test_runs_are_taken_over_as_they_come(tmp_path):
+    """Only newer ones, and without a moment in which the kept file is half of one."""
+    made, kept = tmp_path / "runs.jsonl", tmp_path / "known" / "runs.jsonl"
+    studies.keep(made, kept)
+    assert not kept.exists()
+    made.write_text("1\n")
+    studies.keep(made, kept)
+    assert kept.read_text() == "1\n"
+    kept.write_text("2\n")
+    os.utime(made, (1, 1))
+    studies.keep(made, kept)
+    assert kept.read_text() == "2\n"
+    assert [p.name for p in kept.parent.iterdir()] == ["runs.jsonl"]

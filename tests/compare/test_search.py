@@ -112,6 +112,25 @@ def test_a_plateau_is_left(folder, tmp_path, monkeypatch):
     assert made == {"lora": [1e-3, 1e-4, 1e-2, 1e-5, 1e-1], "nlora": [1e-3, 1e-4, 1e-2]}
 
 
+def test_runs_are_kept_while_the_study_goes_on(folder, tmp_path, monkeypatch):
+    """runs.jsonl holds what is done, so that a machine that is taken away does not take everything with it."""
+    study, seen = opened(tmp_path, folder, [GROUP | {"axes": {"method": ["lora"], "lr": RATES}}]), []
+    monkeypatch.setattr("corelora.compare.session.KEEP_EVERY", 0)
+
+    def run(self, tasks, more=tuple):
+        for task in tasks:
+            planned = session.known[task.work.folder]
+            write_loss(planned, study, 0.5)
+            session._tell(task)
+            seen.append([json.loads(line)["run"] for line in (study.root / "runs.jsonl").read_text().splitlines()])
+            assert planned.name in seen[-1]
+
+    monkeypatch.setattr(Pool, "run", run)
+    session = Session(study, Options(), print)
+    session.run()
+    assert seen
+
+
 def test_rates_to_begin_with_are_checked(folder, tmp_path):
     """Both mistakes in the study's own words, before anything runs."""
     with pytest.raises(CoreLoraError, match=r"begin: 0.5 is not among the rates, \['1e-05', "):

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from corelora.compare.devices import Memory, find_devices, without_rates
 from corelora.compare.expand import Planned
 from corelora.compare.folder import StudyFolder, distinct, open_study
+from corelora.compare.known import keep_runs
 from corelora.compare.pool import Pool, Task
 from corelora.compare.standing import FAILED, Standing, stand
 from corelora.compare.study import Finalists, Group, load_study
@@ -21,6 +22,8 @@ from corelora.compare.work import Work
 from corelora.errors import CoreLoraError, raise_all
 from corelora.train.dry_run import check
 from corelora.train.lock import locked
+
+KEEP_EVERY = 20.0  # seconds between two writings of runs.jsonl while a study goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Session:
         self.study, self.root = folder.study, folder.root
         self.known: dict[Path, Planned] = {}  # by folder, for what is said when a run ends
         self.retried: set[Path] = set()
+        self.kept = time.monotonic()
         self.until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
         # By their places among all that may be asked for, shards that begin at different times share runs alike.
         self.places = {name: n for n, name in enumerate(run.name for run in planned_runs(folder))}
@@ -155,6 +159,9 @@ class Session:
         else:
             line = f"done    {name}: {self._scored(standing)}, {(standing.results or {}).get('seconds', 0):.0f} s"
         tqdm.write(line, file=sys.stderr)  # where the bar is; standard output has results only
+        if time.monotonic() - self.kept >= KEEP_EVERY:  # a machine that is taken away takes less with it
+            keep_runs(self.folder)
+            self.kept = time.monotonic()
 
     def _scored(self, standing: Standing) -> str:
         group = next(g for g in self.study.groups if g.name == standing.run.group)
