@@ -68,6 +68,29 @@ def test_which_are_joined(method):
     assert (backend.groups, backend.alone) == (1, 1)
 
 
+class Normed(Attention):
+    """What follows the first layer at once is in float32 under autocast."""
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
+        q = self.q(x).pow(2)
+        return q, self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize("kind", [Attention, Normed])
+def test_under_autocast(kind):
+    """Each layer casts the input for itself, and the casts are alike; what follows stays under autocast."""
+    model, x, backend = adapted("slora"), torch.randn(4, 37), Joined()
+    model.__class__ = kind
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain(model, x)
+        model.compile(fullgraph=True, backend=backend)
+        found = outcome(model, x)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        _close(a, b, torch.bfloat16)
+    assert (backend.groups, backend.alone) == (1, 1)
+
+
 def test_factors_that_do_not_all_learn():
     model, x = adapted("slora"), torch.randn(4, 37)
     for name, p in model.named_parameters():

@@ -15,7 +15,6 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.pattern_matcher import stable_topological_sort
 
 from corelora.kernels.core_linear import linear_op, operation
 from corelora.kernels.form import Layout
@@ -142,7 +141,10 @@ def join(graph: fx.Graph) -> int:
     """
     found = 0
     for nodes in list(_groups(graph)):
-        if _are_free(graph, nodes):
+        ahead = _needed(graph, nodes)
+        if ahead is not None:
+            for node in ahead:
+                nodes[0].prepend(node)
             _replace(graph, nodes)
             found += 1
     return found
@@ -158,8 +160,13 @@ def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
         if value is None or indexed or not _suits(value) or not all(_is_output(user) for user in node.users):
             continue
         kinds = *(given[name] is None for name in ("bias", "R", "L")), _shape(given["G"])
-        by_input.setdefault((given["x"], kinds), []).append(node)
+        by_input.setdefault((_source(given["x"]), kinds), []).append(node)
     return (nodes for nodes in by_input.values() if len(nodes) > 1)
+
+
+def _source(x: fx.Node) -> Any:
+    """What tells inputs apart: under autocast each layer casts for itself, and casts of one tensor are alike."""
+    return (*x.args, *x.kwargs.items()) if x.op == "call_method" and x.target == "to" else x
 
 
 def _shape(G: fx.Node | None) -> Any:
@@ -179,22 +186,28 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(LINEAR_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _are_free(graph: fx.Graph, nodes: Sequence[fx.Node]) -> bool:
-    """Whether no layer's factors follow from another's output, and nothing is changed in place between them."""
+def _needed(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[fx.Node] | None:
+    """What has to be there before the first of some layers can compute for all, in its order.
+
+    Where autocast is on, each layer's casts and core are made in a region without it, and moved into another such.
+
+    Returns:
+        None where a layer's factors follow from another's output, or something between them is changed in place.
+    """
     order = {node: n for n, node in enumerate(graph.nodes)}
     first, last = order[nodes[0]], order[nodes[-1]]
     if any(_changes(node) for node, n in order.items() if first < n < last):
-        return False
-    ahead = [node for other in nodes[1:] for node in other.all_input_nodes]
-    seen = set()
+        return None
+    ahead = [given for node in nodes[1:] for given in node.all_input_nodes]
+    found = set()
     while ahead:
         node = ahead.pop()
         if node in nodes:
-            return False
-        if node not in seen and order[node] > first:
-            seen.add(node)
+            return None
+        if node not in found and order[node] > first:
+            found.add(node)
             ahead += node.all_input_nodes
-    return True
+    return sorted(found, key=order.__getitem__)
 
 
 def _changes(node: fx.Node) -> bool:
@@ -216,18 +229,16 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul",
 
 
 def _replace(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """The joined node stands where the last one stood; users of the others are before it until the graph is sorted."""
+    """One node where the first one stands."""
     given = [_arguments(node) for node in nodes]
     lists = [[g[name] for g in given if g[name] is not None] for name in ("W", "bias", "R", "L")]
     numbers = [[g[name] for g in given] for name in ("rows", "cols", "scale")]
     cores = [g["G"] for g in given]
-    with graph.inserting_after(nodes[-1]):
+    with graph.inserting_before(nodes[0]):
         G = None if cores[0] is None else graph.call_function(torch.stack, (cores,))
-    with graph.inserting_after(G or nodes[-1]):
         joined = graph.call_function(siblings_op, (given[0]["x"], *lists, G, *numbers))
-    for at, node in enumerate(nodes):
-        with graph.inserting_after(joined):
-            y = graph.call_function(getitem, (joined, at))
+        ys = [graph.call_function(getitem, (joined, at)) for at in range(len(nodes))]
+    for y, node in zip(ys, nodes, strict=True):
         for old in list(node.users):
             y.meta = dict(old.meta)
             old.replace_all_uses_with(y)
@@ -244,8 +255,7 @@ class JoinSiblings(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if self.before is not None:
             self.before(graph)
-        if join(graph):
-            stable_topological_sort(graph)
+        join(graph)
 
     def uuid(self) -> Any:
         """Of this file and of the pass before; None, which keeps inductor from its cache, where that has none."""
