@@ -19,6 +19,7 @@ from corelora.compare.leaders import Leader
 from corelora.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent
+FOLDED = {"nlora:folded": "slora"}  # with its start in the weights it multiplies with what SLoRA does
 INK, BAR, PEER, MARK = "#222222", "#3b6ea8", "#9a9a9a", "#c8502d"
 
 
@@ -42,7 +43,9 @@ def draw_step(source: Path, target: Path) -> None:
         ours = row["name"].partition(":")[0] in METHODS
         axes.barh(y, row["ratio"] - 1, left=1, color=BAR if ours else PEER, height=0.6)
         axes.plot([row["p10"] / base, row["p90"] / base], [y, y], color=INK, linewidth=1)
-        lowest = floor(row["name"].partition(":")[0] if ours else "lora", shapes, ranks).times_base
+        method = row["name"].partition(":")[0] if ours else "lora"
+        method = FOLDED.get(row["name"], method)
+        lowest = floor(method, shapes, ranks).times_base
         axes.plot([lowest, lowest], [y - 0.38, y + 0.38], color=MARK, linewidth=2)
         axes.text(max(row["ratio"], row["p90"] / base) + 0.004, y, f"{row['ratio']:.3f}", va="center", color=INK)
     axes.set_yticks(range(len(rows)), [r["title"] for r in rows])
