@@ -10,8 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-import study_tables
-from study_tables import known_study
+from study_tables import known_study, studies
 
 from corelora.compare.page import page_html
 
@@ -25,7 +24,7 @@ def page(name: str) -> str:
     """A study's report, with the command and the folder of whoever makes it anew."""
     with known_study(name) as folder:
         text = page_html(folder)
-        here, made_at = str(folder.root), f"studies/{study_tables.studies.file_name(name)}"
+        here, made_at = str(folder.root), f"studies/{studies.file_name(name)}"
     return text.replace(here, made_at).replace(f"{ROOT}{os.sep}", "")
 
 
@@ -33,7 +32,7 @@ def main() -> int:
     """Write the pages, or say which are not current."""
     wrong = 0
     for name in SHOWN:
-        target = PAGES / f"{study_tables.studies.file_name(name)}.html"
+        target = PAGES / f"{studies.file_name(name)}.html"
         there = target.read_text(encoding="utf-8") if target.is_file() else ""
         text = page(name)
         if "--check" not in sys.argv:

@@ -43,8 +43,7 @@ def draw_step(source: Path, target: Path) -> None:
         ours = row["name"].partition(":")[0] in METHODS
         axes.barh(y, row["ratio"] - 1, left=1, color=BAR if ours else PEER, height=0.6)
         axes.plot([row["p10"] / base, row["p90"] / base], [y, y], color=INK, linewidth=1)
-        method = row["name"].partition(":")[0] if ours else "lora"
-        method = FOLDED.get(row["name"], method)
+        method = FOLDED.get(row["name"]) or (row["name"].partition(":")[0] if ours else "lora")
         lowest = floor(method, shapes, ranks).times_base
         axes.plot([lowest, lowest], [y - 0.38, y + 0.38], color=MARK, linewidth=2)
         axes.text(max(row["ratio"], row["p90"] / base) + 0.004, y, f"{row['ratio']:.3f}", va="center", color=INK)

@@ -67,7 +67,7 @@ def host() -> str:
 
 def fsdp2() -> str:
     """Visits of one GPU and of two, as `benchmarks/fsdp2.py` printed them, and their ratio."""
-    rows, visits = [], []
+    rows, visits, steps = [], [], set()
     for line in figures.lines("fsdp2-h200.jsonl"):
         if line["kind"] == "visit":
             visits.append(line)
@@ -80,12 +80,13 @@ def fsdp2() -> str:
             ratio = "" if devices == 1 else f"{line['ratio']:.2f}"
             gib = f"{max(v['gib'] for v in own):.1f}"
             tokens = f"{line['request']['batch']} x {line['request']['length']}"
+            steps.add(line["request"]["steps"])
             rows.append([tokens, str(devices), "-" if devices == 1 else kept, speed, times, gib, ratio])
         visits = []
     request = line["request"]
     what = f"{line['device']}, {request['method']}, r = {request['r']}"
     header = ["tokens a GPU", "GPUs", "layers", "tokens a second", "a step, ms (p10 to p90)", "peak GiB a GPU", "ratio"]
-    return f"{what}, 10 to 20 steps a visit.\n\n" + table(header, rows)
+    return f"{what}, {min(steps)} to {max(steps)} steps a visit.\n\n" + table(header, rows)
 
 
 def _what(data: dict[str, Any]) -> str:

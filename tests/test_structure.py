@@ -188,7 +188,7 @@ def _functions(name: str) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 def _is_op(node: ast.FunctionDef) -> bool:
     """A custom op, or its shape-only twin: PyTorch wants flat tensors and numbers there, no dataclass."""
-    return any("operation(" in (d := ast.unparse(x)) or "register_fake" in d for x in node.decorator_list)
+    return any((d := ast.unparse(x)).startswith("operation(") or "register_fake" in d for x in node.decorator_list)
 
 
 def _code_lines(node: ast.FunctionDef) -> int:

@@ -8,26 +8,20 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from corelora.kernels import compiled, form, products
+from corelora.kernels import compiled, products
 from corelora.kernels.compiled import JoinSiblings, join, siblings_op
 from corelora.kernels.core_linear import linear_op
 from corelora.kernels.fast import set_fast
-from corelora.kernels.products import Order
 from fused.test_core_linear import CASES, _close
-from fused.test_siblings import Attention, adapted, outcome, plain
+from fused.test_siblings import Attention, adapted, as_on_a_gpu, outcome, plain
 
 
 @pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
 def _as_on_a_gpu(request, monkeypatch):
-    """Orders and groups of a GPU, on CPU tensors, with edits beside stored factors and without."""
-    monkeypatch.setattr(products, "EDIT_FROM", request.param)
     monkeypatch.setattr(compiled, "_suits", lambda x: True)
     torch.compiler.reset()
-    modes = set_fast("on"), products.set_order(Order.BEFORE), form.set_device("cuda")
-    yield
-    set_fast(modes[0])
-    products.set_order(modes[1])
-    form.set_device(modes[2])
+    with as_on_a_gpu(monkeypatch, request.param):
+        yield
 
 
 class Joined:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from corelora import CoreLoraConfig
 from corelora.kernels import compiled, form, groups, products
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
+from fused.test_core_linear import losses_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,16 +124,8 @@ def test_training_follows_the_reference(method, autocast, checkpointing):
         rate = (
             2e-2 if method == "nora" else 3e-3
         )  # a core between singular vectors of a small random model moves slowly
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-        losses = []
-        for _ in range(50):
-            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-        curves.append(torch.tensor(losses))
+        cast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=autocast)
+        curves.append(torch.tensor(losses_of(model, ids, 50, rate, cast)))
     assert float((curves[0] - curves[1]).abs().max()) < 0.06
     assert curves[1][-1] < curves[1][0] - 0.1
 
@@ -177,18 +171,10 @@ def test_compiled_as_cuda_graphs(method, monkeypatch):
     monkeypatch.setattr(compiled, "join", lambda graph: joined.append(join(graph)) or joined[-1])
     for compiles in (False, True):
         model = _adapted_llama(method, torch.bfloat16)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         inner = model.get_base_model()
         if compiles:
             inner.compile(dynamic=False, mode="reduce-overhead")
-        losses = []
         with inductor.patch(force_disable_caches=True):  # a graph from the cache is joined already
-            for _ in range(8):
-                loss = inner(input_ids=ids, labels=ids).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(float(loss))
-        curves.append(losses)
+            curves.append(losses_of(inner, ids, 8, 1e-3))
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=2e-2, atol=2e-2)
     assert joined == [4]  # of two layers, q k v and gate up

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -31,16 +33,22 @@ class Attention(nn.Module):
         return self.q(x), self.k(source), self.v(source)
 
 
-@pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
-def _as_on_a_gpu(request, monkeypatch):
-    """Orders and groups of a GPU, on CPU tensors, with edits beside stored factors and without."""
-    monkeypatch.setattr(products, "EDIT_FROM", request.param)
+@contextmanager
+def as_on_a_gpu(monkeypatch, edit_from: int) -> Iterator[None]:
+    """Orders and groups of a GPU, on CPU tensors; edits beside stored factors from so many numbers on."""
+    monkeypatch.setattr(products, "EDIT_FROM", edit_from)
     modes = set_fast("on"), products.set_order(Order.BEFORE), form.set_device("cuda")
-    groups._seen.__dict__.clear()
     yield
     set_fast(modes[0])
     products.set_order(modes[1])
     form.set_device(modes[2])
+
+
+@pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
+def _as_on_a_gpu(request, monkeypatch):
+    groups._seen.__dict__.clear()
+    with as_on_a_gpu(monkeypatch, request.param):
+        yield
 
 
 def adapted(method: str = "slora", variant: str = "default", **extra) -> nn.Module:

@@ -41,8 +41,9 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     if any(apart):
         return _some_apart(x, team, writes, apart, x @ team.joined(rows).t() if rows else None)
     thin = x @ team.joined(rows).t()
-    stack = stack_of([m.small for m in members], thin, team.grams)
-    if stack is not None and any(write.stored is not None for write in writes):
+    wants_F = any(write.stored is not None for write in writes)  # an edit applies G itself
+    stack = stack_of([m.small for m in members], thin, team.grams) if wants_F else None
+    if stack is not None:
         for m, F in zip(members, stack.forward(), strict=True):
             m.small.F = F
     count = _edited_columns(x, members, writes)
@@ -104,15 +105,14 @@ def backward_all(
     together = features[0] if len(features) < len(members) else None
     thin = features if together is None else split_features(together, team.widths)
     stack = stack_of([m.small for m in members], together, team.grams)
-    room = None if stack is None else stack.room()
-    places: Any = [None] * len(members) if room is None else room.chunk(len(members), dim=1)
+    places: Any = [None] * len(members) if stack is None else stack.V.chunk(len(members), dim=1)
     V = [
         torch.mm(dy, write_side(m.L, m.layout).rows(m.W.t()).t(), out=place)
         for dy, m, place in zip(dys, members, places, strict=True)
     ]
     # H = V G, where more is done with it than one edit, which applies G itself.
     plain = [m.R is not None or not m.layout.rows or not m.small.chain for m in members]
-    whole = stack.backward(room) if stack is not None and room is not None and all(plain) else None
+    whole = stack.backward() if stack is not None and all(plain) else None
     H: Sequence[Tensor | None]
     if whole is None:
         H = [_thick(v, m) if more else None for v, m, more in zip(V, members, plain, strict=True)]
@@ -122,7 +122,7 @@ def backward_all(
     dR = _reading_gradient(members, H, whole, x)
     F: Any = stack.forward() if stack is not None and any(m.wants_L for m in members) else [None] * len(members)
     dLs = [_writing_gradient(*each) for each in zip(dys, members, thin, F, strict=True)]
-    return dx, dR, dLs, _core_gradients(members, V, thin, stack, room)
+    return dx, dR, dLs, _core_gradients(members, V, thin, stack)
 
 
 def _thick(V: Tensor, m: Member) -> Tensor:
@@ -204,12 +204,12 @@ def _writing_gradient(dy: Tensor, m: Member, U: Tensor, F: Tensor | None) -> Ten
 
 
 def _core_gradients(
-    members: Sequence[Member], V: Sequence[Tensor], thin: Sequence[Tensor], stack: Stack | None, room: Tensor | None
+    members: Sequence[Member], V: Sequence[Tensor], thin: Sequence[Tensor], stack: Stack | None
 ) -> Tensor | list[Tensor | None]:
     """dG[q,p] = V^T U of each layer whose core learns."""
     types = {m.wants_G for m in members}
-    if stack is not None and room is not None and len(types) == 1 and (dtype := types.pop()) is not None:
-        return stack.gradients(room, dtype)
+    if stack is not None and len(types) == 1 and (dtype := types.pop()) is not None:
+        return stack.gradients(dtype)
     return [
         None if m.wants_G is None else product(v.t(), u, m.wants_G) for m, v, u in zip(members, V, thin, strict=True)
     ]

@@ -8,6 +8,7 @@ features that read the input lie side by side in one tensor [T, n p], which batc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,39 +30,36 @@ class Stack:
         self.chains = chains
         self.side_by_side = side_by_side
         self.U = columns_of(side_by_side, len(chains))
-        self._G = G
+        self._given = G
 
-    @property
+    @cached_property
     def G(self) -> Tensor:
         """[n,q,p]."""
-        if self._G is None:
-            self._G = torch.stack(tuple(self.chains))
-        return self._G
+        return torch.stack(tuple(self.chains)) if self._given is None else self._given
+
+    @cached_property
+    def V(self) -> Tensor:
+        """The features of the outputs' gradients side by side, [T, n q]; memory that the caller fills."""
+        return self.U.new_empty(self.U.shape[1], len(self.chains) * self.chains[0].shape[0])
 
     def forward(self) -> Tensor:
         """F[n,T,q] = U G^T."""
         return torch.bmm(self.U, self.G.transpose(1, 2))
 
-    def room(self) -> Tensor:
-        """Memory for V of all, [T, n q]."""
-        n, T, _ = self.U.shape
-        return self.U.new_empty(T, n * self.chains[0].shape[0])
-
-    def backward(self, V: Tensor) -> Tensor:
-        """H = V G of all, [T, n p], for V[T, n q]."""
-        n, T, p = self.U.shape
-        H = V.new_empty(T, n * p)
-        torch.bmm(columns_of(V, n), self.G, out=columns_of(H, n))
+    def backward(self) -> Tensor:
+        """H = V G of all, side by side [T, n p]."""
+        H, n = torch.empty_like(self.side_by_side), len(self.chains)
+        torch.bmm(columns_of(self.V, n), self.G, out=columns_of(H, n))
         return H
 
-    def gradients(self, V: Tensor, dtype: torch.dtype) -> Tensor:
-        """dG[n,q,p] = V^T U for V[T, n q].
+    def gradients(self, dtype: torch.dtype) -> Tensor:
+        """dG[n,q,p] = V^T U.
 
         The blocks on the diagonal of one product over all: its sums run over T, which a product of few rows and columns
         splits among the processors of a GPU and a batched one leaves to n of them.
         """
         n, (q, p) = len(self.chains), self.chains[0].shape
-        every = product(V.t(), self.side_by_side, dtype).view(n, q, n, p)
+        every = product(self.V.t(), self.side_by_side, dtype).view(n, q, n, p)
         return every.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
