@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import figures
+from default_tables import defaults
 from key_tables import keys, recipe_parts, table
-from step_tables import fsdp2, host, profile, step_again, step_together
+from step_tables import compiled_runs, fsdp2, host, profile, step_again, step_together
 from study_tables import dtd, known_answers, known_runs, minilm, rates, study
 
 import corelora
@@ -243,6 +244,8 @@ TABLES = {
     "step-h100-again": step_again,
     "step-together": step_together,
     "compiled-h200": bench("step", "compiled-h200.jsonl"),
+    "compiled-runs": compiled_runs,
+    "step-unit": bench("step", "step-h200-unit.jsonl"),
     "profile-compiled": profile("profile-compiled-h200.json"),
     "profile-graphs": profile("profile-graphs-h200.json"),
     "host": host,
@@ -254,6 +257,10 @@ TABLES = {
     "known-answers": known_answers("smollm2-gsm8k/methods"),
     "known-methods": known_runs("smollm2-gsm8k/methods"),
     "known-nlora": known_runs("smollm2-gsm8k/nlora"),
+    "known-inttune": known_runs("smollm2-gsm8k/inttune"),
+    "known-nora": known_runs("smollm2-gsm8k/nora"),
+    "known-arc-easy": known_runs("smollm2-tasks/arc-easy"),
+    "defaults": defaults,
     "graphs": graphs,
     "blocks": blocks,
     "energy": bench("init", "energy-smollm2.jsonl"),

@@ -39,6 +39,22 @@ def step_together() -> str:
     return table(["", "apart: times base (ms)", "together: times base (ms)"], rows)
 
 
+def compiled_runs() -> str:
+    """What several compiled runs have over their base, and the part of PEFT LoRA's excess that it is."""
+    runs = []
+    for name in ("compiled-h200-first", "compiled-h200-again", "compiled-h200"):
+        lines = figures.lines(f"{name}.jsonl")
+        visits, found = lines[0]["request"], [line for line in lines if line["kind"] == "result"]
+        runs.append((visits, {r["name"]: r["ratio"] - 1 for r in found if r["name"] != "base"}))
+    rows = []
+    for name in runs[-1][1]:
+        parts = [(over[name], over[name] / over["peft_lora"]) for _, over in runs]
+        cells = [f"{excess:.1%} ({part:.0%})".replace("%", " %") for excess, part in parts]
+        rows.append([find_peer(name).title, *cells])
+    header = [f"{v['rounds']} visits of {v['steps']} steps" for v, _ in runs]
+    return table(["over the base (of PEFT LoRA's excess)", *header], rows)
+
+
 def profile(name: str) -> Callable[[], str]:
     """How long the GPU is busy in compiled steps, beside the steps' wall time."""
 

@@ -54,8 +54,11 @@ WRONG = {
         r"B starts at zero .* is not trained: the adapter could do not",
     ),
     "two zeros": ({"method": "slora", "core_start": "zeros"}, r"both start at zero: neither would ever get a gradient"),
-    "nystrom core without slices": ({"outer": "svd"}, r"core_start 'nystrom' needs `outer: nystrom`, not 'svd'"),
-    "core start that does not fit": ({"core": "nested"}, r"core 'nested' can't start as 'nystrom': zero_b, "),
+    "nystrom core without slices": (
+        {"outer": "svd", "core_start": "nystrom"},
+        r"core_start 'nystrom' needs `outer: nystrom`, not 'svd'",
+    ),
+    "core start that does not fit": ({"core": "nested"}, r"core 'nested' can't start as 'identity': zero_b, "),
     "position": ({"position": "both"}, r"position 'both' is for nested and parallel cores, not for 'dense'"),
     "core std": ({"core_std": -1.0}, r"core_std must be a number of at least 0, or '1/r', got -1"),
     "pinv rtol": ({"pinv_rtol": 2.0}, r"pinv_rtol must be in \[0, 1\), got 2"),

@@ -83,15 +83,25 @@ def test_nlora_with_the_pseudo_inverse_of_equation_6():
 
 def test_pinv_cuts_small_singular_values_where_asked():
     """`pinv_rtol` in units of the largest singular value, as torch.linalg.pinv has it."""
-    _, layer, W = adapted("nlora", "default", core_start="pinv", pinv_rtol=0.3)
+    _, layer, W = adapted("nlora", core_start="pinv", pinv_rtol=0.3)
     inverse = torch.linalg.pinv(W[:R, :R], rtol=0.3)
     assert int(torch.linalg.matrix_rank(inverse)) < R
     near(value(layer, "core"), inverse)
 
 
 def test_default_nlora_trains_the_same_start_as_offsets():
-    """B core A - B0 core0 A0: zero at first, and with dA alone it is B0 core0 dA."""
+    """B core A - B0 A0, slices of norm 1 about the identity: zero at first, and with dA alone it is B0 dA."""
     _, layer, W = adapted("nlora", "default")
+    assert not part(layer, X).any()
+    dA = torch.randn(R, IN)
+    layer.factors("default")["A"].weight.data = dA
+    B0 = W[:, :R] / W[:, :R].norm(dim=0)
+    near(part(layer, X), X.double() @ (B0 @ dA.double()).T)
+
+
+def test_raw_slices_with_their_start_subtracted():
+    """With dA alone it is B0 core0 dA, the core a block of W."""
+    _, layer, W = adapted("nlora", "default", slice_scale="none", core_start="nystrom")
     assert not part(layer, X).any()
     dA = torch.randn(R, IN)
     layer.factors("default")["A"].weight.data = dA

@@ -31,7 +31,7 @@ def walked(study, losses, monkeypatch, write=None):
         write: what a run leaves; its loss, if not given.
     """
     write = write or write_loss
-    made = {method: [] for method in GROUP["axes"]["method"]}
+    made = {}
 
     def run(self, tasks, more=tuple):
         waiting = list(tasks)
@@ -39,7 +39,7 @@ def walked(study, losses, monkeypatch, write=None):
             task = waiting.pop(0)
             planned = session.known[task.work.folder]
             method, rate = planned.labels["method"], planned.recipe.optim.lr
-            made[method].append(rate)
+            made.setdefault(method, []).append(rate)
             write(planned, study, losses.get((method, rate)))
             waiting += more()
 
@@ -97,19 +97,27 @@ def write_accuracy(planned, study, loss):
 
 
 def test_a_plateau_is_left(folder, tmp_path, monkeypatch):
-    """Three rates at which a classifier always answers one class say nothing of what lies beyond them."""
-    group = GROUP | {"score": "test_f1"}
-    scores = {("lora", r): x for r, x in zip(RATES, [0.87, 0.81, 0.81, 0.81, 0.81], strict=True)}
-    scores |= {("nlora", r): x for r, x in zip(RATES, [0.5, 0.6, 0.7, 0.7, 0.6], strict=True)}
+    """Rates at which a classifier always answers one class say nothing of what lies beyond them, best or not.
 
-    def write(planned, study, score):
+    Two that score the same by chance differ in their losses.
+    """
+    group = GROUP | {"score": "test_f1", "axes": {"method": ["lora", "nlora", "pissa"], "lr": RATES}}
+    figures = {
+        "lora": [(0.87, 0.5), (0.81, 0.6), (0.81, 0.601), (0.81, 0.6), (0.81, 0.6)],
+        "nlora": [(0.5, 0.7), (0.6, 0.6), (0.7, 0.5), (0.7, 0.55), (0.6, 0.6)],
+        "pissa": [(0.87, 0.5), (0.78, 0.65), (0.81, 0.6), (0.81, 0.601), (0.81, 0.6)],
+    }
+    scores = {(name, r): x for name, found in figures.items() for r, x in zip(RATES, found, strict=True)}
+
+    def write(planned, study, found):
         place = planned.folder(study.root)
         place.mkdir(parents=True)
-        (place / "results.json").write_text(json.dumps({"test_f1": score, "test_loss": 1.0}))
+        (place / "results.json").write_text(json.dumps(dict(zip(("test_f1", "test_loss"), found, strict=True))))
 
     made, whole = walked(opened(tmp_path, folder, [group]), scores, monkeypatch, write)
     assert whole
-    assert made == {"lora": [1e-3, 1e-4, 1e-2, 1e-5, 1e-1], "nlora": [1e-3, 1e-4, 1e-2]}
+    everything = [1e-3, 1e-4, 1e-2, 1e-5, 1e-1]
+    assert made == {"lora": everything, "nlora": [1e-3, 1e-4, 1e-2], "pissa": everything}
 
 
 def test_runs_are_kept_while_the_study_goes_on(folder, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def path(request):
 
 
 @pytest.mark.parametrize("method", FOLDABLE)
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=["f32", "bf16"])
 def test_the_same_outputs_and_gradients(method, dtype, close, path):
     """Within the rounding of a weight; the parameters are the same objects, and the base is another one meanwhile."""
     model = adapted(method, dtype)
@@ -105,8 +105,8 @@ def test_the_way_back(dtype):
     corelora.unfold(model)
     assert all(torch.equal(base[n], w) for n, w in weights(model).items())
     for name, value in learned(model).items():
-        assert_close(value, offsets[name], 1e-5 if dtype == torch.float32 else 4e-2)
-    assert_close(logits(model), before, 1e-5 if dtype == torch.float32 else 4e-2)
+        assert_close(value, offsets[name], 1e-5 if dtype == torch.float32 else 5e-2)
+    assert_close(logits(model), before, 1e-5 if dtype == torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize("keep", ["cpu", "device"])

@@ -25,7 +25,7 @@ def tiny_bert(adapter):
         ("nlora", {"A", "core", "B"}),
         ("lora", {"A", "B"}),
         ("inttune", {"core"}),
-        ("lora_mini", {"core"}),
+        ("lora_mini", {"core_a", "core_b"}),
         ("lora_fa", {"B"}),
     ],
 )
@@ -66,6 +66,27 @@ def test_rates_are_multiples_of_the_learning_rate():
         wanted = {"corelora_core": 0.3, "corelora_B": 0.05, "classifier": 0.2, "corelora_A": 0.1}
         assert rate == pytest.approx(next(v for word, v in wanted.items() if word in name))
         assert decay == (0.0 if name == bias else 0.01)
+
+
+def rates_by_factor(method, rates):
+    """The rate of each trained factor, by its slot's name."""
+    model = tiny_bert(CoreLoraConfig(r=4, inner_r=2, target_modules=["query"], **method))
+    groups = parameter_groups(OptimPart(lr=0.1, rates=rates), model, set())
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)].split("corelora_")[1].split(".")[0]: g["lr"] for g in groups for p in g["params"]}
+
+
+def test_inner_factors_take_rates_of_their_own_and_else_the_cores():
+    nora = {"method": "nora", "outer": "svd"}
+    assert rates_by_factor(nora, {"core_b": 4.0}) == pytest.approx({"core_a": 0.1, "core_b": 0.4})
+    assert rates_by_factor(nora, {"core": 2.0, "core_b": 4.0}) == pytest.approx({"core_a": 0.2, "core_b": 0.4})
+    both = rates_by_factor(nora | {"position": "both", "start": "subtract"}, {"core_a": 3.0})
+    assert both == pytest.approx({"core_a": 0.3, "core_b": 0.1, "core2_a": 0.3, "core2_b": 0.1})
+
+
+def test_inner_rates_need_a_nested_core():
+    model = tiny_bert(CoreLoraConfig(method="inttune", r=4, target_modules=["query"]))
+    assert "Trained here: core" in rate_problems(OptimPart(lr=0.1, rates={"core_a": 2.0}), model)[0]
 
 
 def test_a_rate_for_nothing_is_an_error():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corelora.compare.leaders import LOSS, Leader, by_setting, leader_of
+from corelora.compare.leaders import LOSS, NEAR, Leader, by_setting, leader_of
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
@@ -14,9 +14,9 @@ def asked(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> li
 
     Each compared setting begins with the rates of `group.begin` and goes on to the next one above or below while the
     best rate, or one within 1 % of its loss, is the highest or lowest of those tried. Where all fail, lower ones
-    follow; where all score the same, as a classifier does that always answers one class, both ways are gone. Where
-    another figure than the loss decides, the best alone is followed: at rates that are too high a classifier's losses
-    are all alike.
+    follow; where several share the best score and its loss, as a classifier does that always answers one class, both
+    ways are gone. Where another figure than the loss decides, the best alone is followed: at rates that are too high a
+    classifier's losses are all alike.
 
     Args:
         group: of the study.
@@ -40,12 +40,23 @@ def _outward(group: Group, runs: Sequence[Standing], score: str, lower: bool) ->
         if any(run.state == "missing" for run in tried):
             return tried
         leader = leader_of(group, tried, score, lower)
-        alike = len(tried) > 1 and len({run.figure(score) for run in tried}) == 1
+        alike = len(_as_good(leader, tried, score)) > 1
         below, above = _reaches(leader, rates[low], rates[high], score == LOSS)
         wider = max(0, low - (below or alike)), min(len(rates) - 1, high + (above or alike))
         if wider == (low, high):
             return tried
         low, high = wider
+
+
+def _as_good(leader: Leader, tried: Sequence[Standing], score: str) -> list[Standing]:
+    """The runs that score what the best one does, to the last digit, at a loss within 1 % of its own."""
+    if not leader.runs:
+        return []
+    best = leader.runs[0]
+    loss, equal = best.figure(LOSS), [run for run in tried if run.figure(score) == best.figure(score)]
+    if loss is None:
+        return equal
+    return [run for run in equal if abs((run.figure(LOSS) or 0.0) - loss) <= NEAR * abs(loss)]
 
 
 def _reaches(leader: Leader, low: float, high: float, by_loss: bool) -> tuple[bool, bool]:

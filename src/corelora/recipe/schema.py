@@ -97,7 +97,9 @@ class OptimPart:
     name: str = setting("adamw, rmsprop, lora_plus, lora_fa, or any name of transformers' OptimizerNames.", "adamw")
     lr: float = setting("Learning rate.")
     rates: dict[str, float] = setting(
-        "Multiples of lr for groups of parameters: A, core, B, head. LoRA+ is `B: 16`; three factors have three.", dict
+        "Multiples of lr for groups of parameters: A, core, B, head; of a nested core's own factors: core_a, core_b. "
+        "LoRA+ is `B: 16`; three factors have three.",
+        dict,
     )
     weight_decay: float = setting("Weight decay.", 0.0)
     betas: list[float] | None = setting("AdamW's two decay rates; [0.9, 0.999] if not given.", None)
@@ -118,7 +120,7 @@ class OptimPart:
             found.append(f"eps must be above 0, got {self.eps}")
         if self.betas is not None and (len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas)):
             found.append(f"betas must be two numbers in [0, 1), got {self.betas}")
-        known = ("A", "core", "B", "head")
+        known = ("A", "core", "core_a", "core_b", "B", "head")
         found += [f"rates.{k}: no such group. Known: {', '.join(known)}." for k in self.rates if k not in known]
         found += [f"rates.{k} must be above 0, got {v}" for k, v in self.rates.items() if not v > 0]
         return found

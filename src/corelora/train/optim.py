@@ -29,6 +29,8 @@ LORA_PLUS_RATE = 16.0  # B over A, as the LoRA+ paper recommends
 # Short names of the recipes for transformers' names.
 SHORT = {"adamw": "adamw_torch_fused", LORA_PLUS: "adamw_torch_fused", LORA_FA: "adamw_torch_fused"}
 
+INNER = ("core_a", "core_b")  # a nested core's own factors; those of a second core count with them
+
 # Optimizers that take whole models, or parameters in shapes of their own: no groups.
 UNGROUPED = ("lomo", "adalomo", "galore", "apollo", "muon", "dion")
 
@@ -41,6 +43,12 @@ def optimizer_name(part: OptimPart) -> str:
 def rates(part: OptimPart) -> dict[str, float]:
     """Multiples of the learning rate by group, LoRA+'s own included."""
     return {**({"B": LORA_PLUS_RATE} if part.name == LORA_PLUS else {}), **part.rates}
+
+
+def _multiple(group: str, multiples: Mapping[str, float]) -> float:
+    """A nested core's factor moves at its own rate, else at the core's."""
+    whole = "core" if group in INNER else group
+    return multiples.get(group, multiples.get(whole, 1.0))
 
 
 def problems(part: OptimPart, method: Mapping[str, Any], steps: int | None = None) -> list[str]:
@@ -84,7 +92,7 @@ def warmup_problems(part: OptimPart, steps: int | None) -> list[str]:
 
 
 def factor_groups(model: nn.Module) -> dict[str, str]:
-    """Name of each trained parameter -> A, core, B, head or other.
+    """Name of each trained parameter -> A, core (nested: core_a, core_b), B, head or other.
 
     A corelora factor is told by the slot that holds it, PEFT's by the words lora_A and lora_B (or their embedding
     twins) in its name, a head by PEFT's copy of a whole module or, without an adapter, by its place on top.
@@ -96,8 +104,7 @@ def factor_groups(model: nn.Module) -> dict[str, str]:
     for layer in (m for m in model.modules() if isinstance(m, CoreLoraLayer)):
         for adapter in layer.cores:
             for slot, factor in layer.factors(adapter).items():
-                group = slot if slot in ("A", "B") else "core"
-                slots |= {id(p): group for p in factor.parameters()}
+                slots |= {id(p): slot.replace("core2_", "core_") for p in factor.parameters()}
     return {n: slots.get(id(p)) or _by_name(n) for n, p in _trained(model)}
 
 
@@ -111,6 +118,7 @@ def _by_name(name: str) -> str:
 def rate_problems(part: OptimPart, model: nn.Module) -> list[str]:
     """Rates for groups that have no trained parameter in this model."""
     present = set(factor_groups(model).values())
+    present |= {"core"} if present & set(INNER) else set()
     missing = [group for group in rates(part) if group not in present]
     return [
         f"optim.rates.{g}: no parameter of this group trains. Trained here: {', '.join(sorted(present)) or 'nothing'}."
@@ -133,11 +141,11 @@ def parameter_groups(part: OptimPart, model: nn.Module, decayed: set[str]) -> li
     if wrong:
         raise CoreLoraError(" ".join(wrong))
     factors, multiples = factor_groups(model), rates(part)
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in _trained(model):
-        key = (factors[name] if factors[name] in multiples else "", name in decayed)
+        key = (_multiple(factors[name], multiples), name in decayed)
         decay = part.weight_decay if key[1] else 0.0
-        empty: dict[str, Any] = {"params": [], "lr": part.lr * multiples.get(key[0], 1.0), "weight_decay": decay}
+        empty: dict[str, Any] = {"params": [], "lr": part.lr * key[0], "weight_decay": decay}
         groups.setdefault(key, empty)["params"].append(parameter)
     return list(groups.values())
 
