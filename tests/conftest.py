@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from processes import Driver
+
 torch.set_num_threads(1)
 
 
@@ -20,3 +22,11 @@ def pytest_collection_modifyitems(items):
 def _seeded():
     """Each test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """Starts Python programs in processes of their own without the seconds that their imports take."""
+    made = Driver(tmp_path_factory.mktemp("driver"))
+    yield made
+    made.end()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +17,7 @@ from corelora.commands.methods import formula
 from corelora.commands.output import table
 from corelora.errors import CoreLoraError
 from corelora.registry import METHODS
+from processes import CORELORA
 
 SMALL = LlamaConfig(
     vocab_size=64,
@@ -86,11 +86,9 @@ def test_unknown_command_names_the_nearest(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_as_a_process(tmp_path):
+def test_as_a_process(tmp_path, driver):
     """The exit code reaches the shell, and a mistake has no traceback."""
-    words = [sys.executable, "-m", "corelora.cli", "export", str(tmp_path / "none"), str(tmp_path / "out")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = driver.call(*CORELORA, "export", tmp_path / "none", tmp_path / "out")
     assert done.returncode == 2
     assert "corelora export:" in done.stderr
     assert "holds no adapter" in done.stderr

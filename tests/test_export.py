@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -124,7 +121,7 @@ def trained(kind: str, method: str, variant: str) -> PeftModel:
 
 
 @pytest.mark.slow
-def test_every_method_in_a_process_without_corelora(tmp_path):
+def test_every_method_in_a_process_without_corelora(tmp_path, driver):
     """Trained three steps, exported, loaded by plain PEFT elsewhere: the same logits within 1e-4."""
     expected = {}
     save_file({"ids": ids()}, tmp_path / "ids.safetensors")
@@ -138,8 +135,7 @@ def test_every_method_in_a_process_without_corelora(tmp_path):
             assert gap(expected[name], untouched) > 10 * TOLERANCE, f"{name} did not learn anything to compare"
             export_lora(model, tmp_path / name)
     child = Path(__file__).with_name("export_child.py")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, child, tmp_path], env=environment, capture_output=True, text=True)
+    done = driver.call(child, tmp_path, plain=True)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "outputs.safetensors")
     assert set(found) == set(expected)

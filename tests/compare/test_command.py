@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from corelora.compare.page import report_study
 from corelora.compare.pool import MORE, Device, Pool, Running, Task
 from corelora.compare.standing import write_failed
 from corelora.compare.work import Work
+from processes import CORELORA, wait_for
 
 GROUPS = [
     {
@@ -38,16 +39,14 @@ def times(root: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_study_killed_and_gone_on_with(folder, tmp_path, capsys):
+def test_a_study_killed_and_gone_on_with(folder, tmp_path, capsys, driver):
     """SIGKILL midway: its runs' processes end, too; the same command repeats nothing; a failed run stops no others."""
     path, root = write_study(tmp_path / "file", folder, GROUPS), tmp_path / "study"
     words = ["compare", str(path), "--output", str(root), "--jobs", "2"]
-    child = subprocess.Popen([sys.executable, "-m", "corelora", *words], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and child.poll() is None and len(times(root)) < 2:
-        time.sleep(0.05)
-    child.kill()
-    child.wait()
+    child, log = driver.start(*CORELORA, *words, log=tmp_path / "log"), tmp_path / "log"
+    wait_for(lambda: len(times(root)) >= 2, seconds=120)
+    os.kill(child, signal.SIGKILL)
+    assert driver.wait(child) == -signal.SIGKILL, log.read_text()[-2000:]
     before = times(root)
     assert 2 <= len(before) < 8
     assert main(words) == 0

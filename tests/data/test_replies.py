@@ -1,14 +1,10 @@
 """Token ids and labels: the loss is on replies and stop tokens, borders are those of generation, cuts are counted."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import corelora
 from corelora.data import replies
 from corelora.data.collate import ReplyCollator
 from corelora.data.replies import begin_tokens, encode_replies, tokenizer_key
@@ -206,15 +202,13 @@ Path(sys.argv[2], f"{state.process_index}.json").write_text(json.dumps(out))
 
 
 @pytest.mark.slow
-def test_two_processes_tokenise_once(tmp_path, cache):
+def test_two_processes_tokenise_once(tmp_path, cache, driver):
     """The second one waits, and reads what the first made."""
     path = write_lines(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "rank.py").write_text(RANK)
-    paths = [str(Path(__file__).parents[1]), str(Path(corelora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(tmp_path / "rank.py"), str(path), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = driver.call(*launch, tmp_path / "rank.py", path, tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2)]
     assert [r["made"] for r in ranks] == [1, 0]

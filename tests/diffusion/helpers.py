@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from corelora.diffusion.parts import find_parts
 from corelora.diffusion.subject import Subject
 from corelora.recipe import Recipe, read_tree
 from corelora.recipe.schema import ModelPart
+from processes import Driver
 
 LENGTH = 32  # tokens of a prompt
 
@@ -169,13 +168,14 @@ def our_picture(root: Path, folder: Path, kind: str) -> torch.Tensor:
     return torch.from_numpy(made.images[0])
 
 
-def plain_pictures(root: Path, names: list[str]) -> dict[str, torch.Tensor]:
+def plain_pictures(driver: Driver, root: Path, names: list[str]) -> dict[str, torch.Tensor]:
     """Pictures by plain diffusers in a process that does not know corelora, by name.
 
     `names` are folders under `root` with exports; they begin with the folder of their pipeline, and that alone is drawn
     too, as xl-none or sd-none.
     """
-    command = [sys.executable, "-W", "ignore", "-c", LOADER, str(root), *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    script = root / "loader.py"
+    script.write_text(LOADER)
+    done = driver.call(script, root, *names, plain=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(root / "pictures.pt", weights_only=True)

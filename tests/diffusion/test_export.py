@@ -60,7 +60,7 @@ def save_adapter(root, folder, kind, config):
 
 
 @pytest.fixture(scope="module")
-def exported(root):
+def exported(driver, root):
     """Ours and plain diffusers' pictures by name; those come from one process that does not know corelora."""
     ours = {}
     for name, (kind, config) in CASES.items():
@@ -69,7 +69,7 @@ def exported(root):
         for layout in LAYOUTS:
             words = ["export", root / "adapters" / name, root / f"{name}-{layout}", "--for", layout]
             assert main([str(w) for w in words]) == 0
-    plain = plain_pictures(root, [f"{name}-{layout}" for name in CASES for layout in LAYOUTS])
+    plain = plain_pictures(driver, root, [f"{name}-{layout}" for name in CASES for layout in LAYOUTS])
     return SimpleNamespace(ours=ours, plain=plain)
 
 

@@ -13,18 +13,10 @@ import yaml
 from corelora.diffusion.export import LAYOUTS
 from corelora.recipe.tree import as_data
 from diffusion.helpers import make_recipe, our_picture, plain_pictures
-from train.test_kill import Driver, assert_equal_runs, step_of, wait_for
+from processes import CORELORA, wait_for
+from train.test_kill import assert_equal_runs, step_of
 
 STEPS = 6
-
-
-@pytest.fixture
-def driver(tmp_path, monkeypatch):
-    """Starts commands; class pictures and latents are kept in a folder of this test."""
-    monkeypatch.setenv("CORELORA_CACHE", str(tmp_path / "cache"))
-    made = Driver()
-    yield made
-    made.end()
 
 
 def write_recipe(root, path):
@@ -37,11 +29,12 @@ def write_recipe(root, path):
 
 
 @pytest.mark.slow
-def test_killed_resumed_exported(root, tmp_path, driver):
+def test_killed_resumed_exported(root, tmp_path, driver, monkeypatch):
     """Killed while it makes class pictures and after a checkpoint: the same run, bit for bit, and the same picture."""
+    monkeypatch.setenv("CORELORA_CACHE", str(tmp_path / "cache"))  # where class pictures and latents are kept
     write_recipe(root, tmp_path / "recipe.yaml")
     log, cut = tmp_path / "log", root / "cut"
-    command = ("train", tmp_path / "recipe.yaml", "--output")
+    command = (*CORELORA, "train", tmp_path / "recipe.yaml", "--output")
     made = tmp_path / "cache" / "class-pictures"
     for happened in (lambda: any(made.glob("*/*.png")), lambda: step_of(cut) >= 2):
         pid = driver.start(*command, cut, log=log)
@@ -58,9 +51,10 @@ def test_killed_resumed_exported(root, tmp_path, driver):
     assert json.loads((cut / "results.json").read_text())["contact_sheet"] == "contact-sheet.png"
 
     for layout in LAYOUTS:
-        words = ("export", cut, root / f"xl-run-{layout}", "--for", layout)
+        words = (*CORELORA, "export", cut, root / f"xl-run-{layout}", "--for", layout)
         assert driver.run(*words, log=log) == 0, log.read_text()[-2000:]
-    ours, plain = our_picture(root, cut / "adapter", "xl"), plain_pictures(root, [f"xl-run-{n}" for n in LAYOUTS])
+    ours = our_picture(root, cut / "adapter", "xl")
+    plain = plain_pictures(driver, root, [f"xl-run-{n}" for n in LAYOUTS])
     moved = float((ours - plain["xl-none"]).abs().max())
     assert moved > 1e-3
     for layout in LAYOUTS:

@@ -25,7 +25,7 @@ from corelora.evaluate.session import Partial, batches
 from corelora.evaluate.subject import find_subject, load_subject
 from corelora.evaluate.suites import load_suite, suite_names
 from corelora.tasks.answers import READERS
-from train.test_kill import Driver
+from processes import CORELORA
 
 
 def command(*words: object) -> int:
@@ -195,15 +195,14 @@ def test_harness_on_local_rows(llama, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_three_moments(llama, data, tmp_path):
+def test_killed_at_three_moments(llama, data, tmp_path, driver):
     """SIGKILL after the first, third and last batch: the same command goes on, the file is an unbroken run's."""
     words = [llama, "--suite", "gsm8k", "--protocol", "chat", "--data", data, "--batch-size", 2]
     assert command(*words, "--output", tmp_path / "whole") == 0
-    driver = Driver()  # a process apart starts them: a fork of this one may hold a lock that this one waits for
     for lines in (2, 6, 10):
         out = tmp_path / f"killed-{lines}"
         partial = out / "eval" / "gsm8k-chat.gsm8k.partial.jsonl"
-        pid = driver.start("evaluate", *words, "--output", out, log=tmp_path / "log.txt")
+        pid = driver.start(*CORELORA, "evaluate", *words, "--output", out, log=tmp_path / "log.txt")
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (out / "eval" / "gsm8k-chat.json").exists():
             if partial.exists() and partial.read_text().count("\n") > lines:
@@ -218,7 +217,6 @@ def test_killed_at_three_moments(llama, data, tmp_path):
                 f.write('{"id": "gsm8k/1", "outp')
         assert command(*words, "--output", out) == 0
         assert without_times(result(out, "gsm8k-chat")) == without_times(result(tmp_path / "whole", "gsm8k-chat"))
-    driver.end()
 
 
 def test_what_is_there_is_not_made_again(tmp_path):

@@ -1,8 +1,7 @@
-"""Two gloo processes on a CPU: `python peft_ranks.py FOLDER TASK:METHOD ...` starts them; one writes what it saw."""
+"""Two gloo processes on a CPU: `torchrun --nproc-per-node=2 peft_ranks.py FOLDER TASK:METHOD ...`. The first writes."""
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import timedelta
 from functools import partial
@@ -108,10 +107,10 @@ def _state(task: str, model: nn.Module) -> dict:
     return get_peft_model_state_dict(inner, state_dict=full)
 
 
-def _rank(rank: int, folder: str, cases: list[str]) -> None:
+def _main(folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank = dist.get_rank()
     for case in cases:
         task, method = case.split(":")
         model = globals()[task](_model(method))
@@ -124,5 +123,4 @@ def _rank(rank: int, folder: str, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.multiprocessing.spawn(_rank, args=(sys.argv[1], sys.argv[2:]), nprocs=2)
+    _main(*sys.argv[1:])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,13 +23,12 @@ CASES = ["ddp:nora", "fsdp2:nlora", "fsdp2:inttune", "fsdp2:nora", "fsdp1:nlora"
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, driver):
     """A folder with what two ranks saw, one file a case; they are started once for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(HERE), str(Path(corelora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", str(HERE / "peft_ranks.py"), str(folder), *CASES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    environment = {"GLOO_SOCKET_IFNAME": "lo"}
+    done = driver.call(*launch, HERE / "peft_ranks.py", folder, *CASES, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,16 +22,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import corelora
 from corelora.errors import CoreLoraError
+from processes import Driver
 
 HERE = Path(__file__).parent
 
 
-def child(*arguments: str) -> str:
-    """Run a task of peft_child.py in a new process and return what it printed."""
-    paths = [str(HERE), str(Path(corelora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    command = [sys.executable, "-W", "ignore", str(HERE / "peft_child.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def child(driver: Driver, *arguments: str) -> str:
+    """Run a task of peft_child.py in another process, which has not imported corelora, and return what it printed."""
+    done = driver.call(HERE / "peft_child.py", *arguments, plain=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,7 +45,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_process_with_another_seed(tmp_path):
+def test_another_process_with_another_seed(tmp_path, driver):
     """Every method and variant: identical logits, bit for bit."""
     expected = {}
     for method in METHODS:
@@ -59,7 +54,7 @@ def test_another_process_with_another_seed(tmp_path):
             model = trained(method, variant=variant, **sampling)
             expected[f"{method}-{variant}"] = logits(model)
             model.save_pretrained(tmp_path / f"{method}-{variant}")
-    child("reload_all", str(tmp_path))
+    child(driver, "reload_all", str(tmp_path))
     found = torch.load(tmp_path / "logits.pt")
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -295,9 +290,9 @@ def test_card_beside_a_named_adapter_and_from_transformers(tmp_path):
     assert "import corelora" in (tmp_path / "plain" / "README.md").read_text()
 
 
-def test_without_corelora_the_name_is_in_the_message(saved):
+def test_without_corelora_the_name_is_in_the_message(saved, driver):
     _, adapter, _ = saved
-    assert child("without_corelora", str(adapter)).strip() == "KeyError 'CORELORA'"
+    assert child(driver, "without_corelora", str(adapter)).strip() == "KeyError 'CORELORA'"
     assert "`KeyError: 'CORELORA'`" in (adapter / "README.md").read_text()
 
 

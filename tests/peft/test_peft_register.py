@@ -54,8 +54,8 @@ def test_peft_knows_the_type():
     assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == "corelora_"
 
 
-def test_once_under_reload_in_a_new_process():
-    assert child("registered_once").strip() == "registered CORELORA CORELORA"
+def test_once_under_reload_in_a_new_process(driver):
+    assert child(driver, "registered_once").strip() == "registered CORELORA CORELORA"
 
 
 def _spawned(model, queue):

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from corelora.train.lock import LOCK, locked
 from corelora.train.progress import MetricsFile, read_metrics
 from corelora.train.resume import HARMLESS, changed_keys
 from corelora.train.run import train
+from processes import wait_for
 from train.helpers import make_recipe, prepare_folder, save_bert, write_rows
 
 HERE = Path(__file__).parent
@@ -381,32 +382,32 @@ def test_what_no_run_wrote_is_not_replaced(folder, tmp_path, name):
 
 
 HOLD = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from corelora.train.lock import locked
 with locked(Path(sys.argv[1])):
     child = os.fork() if sys.argv[2] == "fork" else None
-    if child == 0:
-        sys.stdin.read()
-        os._exit(0)
-    print(os.getpid(), flush=True)
-    sys.stdin.read()
+    if child != 0:
+        print(child or "alone", flush=True)
+    signal.pause()
 """
 
 
 @pytest.mark.parametrize("kind", ["alone", "fork"])
-def test_a_lock_goes_with_its_process(tmp_path, kind):
+def test_a_lock_goes_with_its_process(driver, tmp_path, kind):
     """Refused while the other lives, with its number and host; free once it is killed, even if a fork of it lives."""
-    command = [sys.executable, "-W", "ignore", "-c", HOLD, str(tmp_path), kind]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    pid = int(holder.stdout.readline())
+    (tmp_path / "hold.py").write_text(HOLD)
+    log = tmp_path / "log"
+    pid = driver.start(tmp_path / "hold.py", tmp_path, kind, log=log)
+    wait_for(lambda: log.read_text().endswith("\n"))
     with pytest.raises(CoreLoraError, match=rf"process {pid} on \S+ trains in this folder since 20"), locked(tmp_path):
         pass
-    holder.kill()
-    holder.wait()
+    os.kill(pid, signal.SIGKILL)
+    assert driver.wait(pid) == -signal.SIGKILL
     with locked(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    holder.stdin.close()  # a fork of it ends, too
+    if kind == "fork":
+        os.kill(int(log.read_text()), signal.SIGKILL)  # it is there, still
 
 
 # -- disks ----------------------------------------------------------------------------------------------------------
@@ -422,11 +423,9 @@ def may_mount():
     return tried.returncode == 0
 
 
-def on_small_disks(*words):
+def on_small_disks(driver, *words):
     """What disk_child.py prints."""
-    command = ["unshare", "-Urm", sys.executable, "-W", "ignore", str(HERE / "disk_child.py"), *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = driver.call(HERE / "disk_child.py", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -441,12 +440,12 @@ def small_disk_recipe(folder):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_an_error_that_loses_nothing(folder, small_disk_recipe, tmp_path):
+def test_a_full_disk_is_an_error_that_loses_nothing(driver, folder, small_disk_recipe, tmp_path):
     """Disks that fill up in different files; with more room the same command ends as on a large one."""
     whole = folder / "roomy"
     train(make_recipe(folder, loop={"steps": 6, "save_every": 1, "log_every": 2}), whole)
     expected = hashlib.sha256((whole / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    seen = on_small_disks("full", small_disk_recipe, tmp_path, 180, 240, 300, 360, 430)
+    seen = on_small_disks(driver, "full", small_disk_recipe, tmp_path, 180, 240, 300, 360, 430)
     for size in seen:
         assert "the disk is full: " in size["error"]
         assert 1 <= size["kept"] <= 4
@@ -462,9 +461,9 @@ def test_a_full_disk_is_an_error_that_loses_nothing(folder, small_disk_recipe, t
 
 
 @pytest.mark.slow
-def test_a_disk_that_refuses_is_found_before_training(small_disk_recipe, tmp_path):
+def test_a_disk_that_refuses_is_found_before_training(driver, small_disk_recipe, tmp_path):
     """Read-only: one sentence, and the model was not loaded."""
-    seen = on_small_disks("read-only", small_disk_recipe, tmp_path)
+    seen = on_small_disks(driver, "read-only", small_disk_recipe, tmp_path)
     assert f"the run folder {tmp_path / 'disk'} can't be written (Read-only file system)" in seen["error"]
     assert seen["loaded"] == 0
 

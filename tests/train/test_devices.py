@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ CONFIGS = Path(corelora.__file__).parents[2] / "recipes" / "accelerate"
 METHODS = ("nlora", "inttune", "nora")
 OTHERS = ("packed", "full", "classifier")  # whatever else reads the weights before the first step
 LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")
+NEW = "ddp"  # whose processes are new ones, as those of a user are
 RESUMED = ("ddp", "fsdp2", "zero3")  # that also go on after a cut: the ways to hold a model that save it differently
 LOOP = {"steps": 8, "log_every": 1, "save_every": 4, "test_every": 4}
 
@@ -35,7 +37,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, driver):
     """Recipes for one process and for each of two, with the same rows a step, and the runs of one process.
 
     Two take the fused path wherever it fits, as on GPUs; one takes the plain products.
@@ -47,7 +49,9 @@ def folder(tmp_path_factory):
             loop |= {"steps": 2, "test_every": None} if name in OTHERS else {}
             recipe = make_recipe(made, loop=loop, optim={"lr": 5e-2}, **parts_of(name, made))
             (made / f"{name}-{processes}.yaml").write_text(yaml.safe_dump(as_data(recipe)))
-    run([sys.executable], made, "one", [f"{name}-1" for name in (*METHODS, *OTHERS)])
+    words = arguments(made, "one", [f"{name}-1" for name in (*METHODS, *OTHERS)])
+    done = driver.call(*words, environment=surroundings(made, "one"))
+    assert done.returncode == 0, done.stderr[-4000:]
     return made
 
 
@@ -69,10 +73,15 @@ def parts_of(name, folder):
     }
 
 
-def run(launcher, folder, launch, names):
-    """Train in processes of their own; each launch keeps its own cache, so that it makes everything itself."""
-    paths = [str(HERE.parent), str(Path(corelora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
+def arguments(folder, launch, names):
+    """What follows `python` where a process trains."""
+    return [str(HERE / "ranks_child.py"), str(folder), launch, *names]
+
+
+def surroundings(folder, launch):
+    """Environment of the processes; each launch keeps its own cache, so that it makes everything itself."""
+    paths = [str(Path(corelora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {
         "CORELORA_CACHE": str(folder / launch / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -81,20 +90,23 @@ def run(launcher, folder, launch, names):
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "PYTHONWARNINGS": "ignore",
     }
-    command = [*launcher, str(HERE / "ranks_child.py"), str(folder), launch, *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+def launch(driver, folder, name, recipes):
+    """Two processes with a shipped config file: in one launch they are new ones, in the others they are forked."""
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    words += ["--num_processes", "2", "--main_process_port", "0", *arguments(folder, name, recipes)]
+    environment = surroundings(folder, name)
+    if name == NEW:
+        command, given = [sys.executable, *words], os.environ | environment
+        done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=500, check=False)
+    else:
+        done = driver.call(*words, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def launch(folder, name, recipes):
-    """Two processes with a shipped config file."""
-    config = str(CONFIGS / f"{name}.yaml")
-    words = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
-    run([sys.executable, "-m", "accelerate.commands.launch", *words], folder, name, recipes)
-
-
 @pytest.fixture(scope="module")
-def launched(folder):
+def launched(folder, driver):
     """Trains all methods with a config file once, when a test first asks for it."""
     done = set()
 
@@ -104,7 +116,7 @@ def launched(folder):
         if name not in done:
             again = ["nlora-2:again"] if name in RESUMED else []
             others = OTHERS if name == "zero3" else ()
-            launch(folder, name, [*(f"{run}-2" for run in (*METHODS, *others)), *again])
+            launch(driver, folder, name, [*(f"{run}-2" for run in (*METHODS, *others)), *again])
             done.add(name)
         return folder / name
 
@@ -171,20 +183,21 @@ def test_the_documents_name_every_config_file():
     assert set(re.findall(r"`([a-z_.]+)`", harmless)) == set(HARMLESS)
 
 
-def test_the_fsdp2_benchmark_on_a_cpu():
+def test_the_fsdp2_benchmark_on_a_cpu(driver, monkeypatch, capfd):
     """The script for GPUs, with tiny sizes: one process and two, and what they print."""
     script = CONFIGS.parents[1] / "benchmarks" / "fsdp2.py"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, str(script), "--tiny"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two, ratio = (json.loads(line) for line in done.stdout.splitlines())
+    monkeypatch.setattr(sys, "argv", [str(script), "--tiny"])
+    launched = []
+
+    def forked(command, **options):
+        assert command[0] == sys.executable
+        launched.append(driver.call(*command[1:], environment={"GLOO_SOCKET_IFNAME": "lo"}))
+        return launched[-1]
+
+    monkeypatch.setattr(subprocess, "run", forked)
+    runpy.run_path(str(script), run_name="__main__")
+    assert len(launched) == 2
+    one, two, ratio = (json.loads(line) for line in capfd.readouterr().out.splitlines())
     assert (one["devices"], one["sharded"], two["devices"], two["sharded"]) == (1, False, 2, True)
     assert two["loss"] == pytest.approx(one["loss"], abs=0.05)
     assert two["trained"] == one["trained"]

@@ -4,10 +4,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,51 +14,12 @@ from safetensors.torch import load_file
 from corelora.recipe.tree import as_data
 from corelora.train.checkpoints import STAGING
 from corelora.train.progress import read_metrics
+from processes import CORELORA, wait_for
 from train.helpers import make_recipe, prepare_folder
 
-HERE = Path(__file__).parent
+TRAIN = (*CORELORA, "train")
 STEPS = 48
 MEASURED = ("seconds", "memory")
-
-
-class Driver:
-    """Starts commands in processes of their own; each is forked from one that has imported everything."""
-
-    def __init__(self):
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "kill_child.py")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def _ask(self, **told):
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, *words, log):
-        """The id of a new process."""
-        return self._ask(words=[str(w) for w in words], log=str(log))
-
-    def wait(self, pid):
-        """Its exit code, negative for a signal."""
-        return self._ask(wait=pid)
-
-    def run(self, *words, log):
-        """Exit code of a command that is let go to its end."""
-        return self.wait(self.start(*words, log=log))
-
-    def end(self):
-        """The driver ends when it is told nothing more."""
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def driver():
-    made = Driver()
-    yield made
-    made.end()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +38,7 @@ def recipe(tmp_path_factory):
 def unbroken(driver, recipe):
     """The folder of a run that nobody disturbed."""
     folder = recipe.parent / "unbroken"
-    assert driver.run("train", recipe, "--output", folder, log=recipe.parent / "unbroken.log") == 0
+    assert driver.run(*TRAIN, recipe, "--output", folder, log=recipe.parent / "unbroken.log") == 0
     return folder
 
 
@@ -88,14 +46,6 @@ def step_of(folder):
     """The step of the newest checkpoint by its name."""
     found = [int(p.name.rpartition("-")[2]) for p in (folder / "checkpoints").glob("checkpoint-*")]
     return max(found, default=0)
-
-
-def wait_for(happened, seconds=60.0):
-    """Look every half millisecond."""
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(5e-4)
 
 
 def kill_while_writing(pid, folder, draw):
@@ -149,11 +99,11 @@ def test_ten_kills_change_nothing(driver, recipe, unbroken, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     cut_while_writing = 0
     for way in ways:
-        pid = driver.start("train", recipe, "--output", folder, log=log)
+        pid = driver.start(*TRAIN, recipe, "--output", folder, log=log)
         way(pid, folder, draw)
         assert driver.wait(pid) == -signal.SIGKILL, f"seed {seed}: the run ended by itself\n{log.read_text()[-2000:]}"
         cut_while_writing += (folder / "checkpoints" / STAGING).exists()
-    assert driver.run("train", recipe, "--output", folder, log=log) == 0, f"seed {seed}\n{log.read_text()[-2000:]}"
+    assert driver.run(*TRAIN, recipe, "--output", folder, log=log) == 0, f"seed {seed}\n{log.read_text()[-2000:]}"
     assert cut_while_writing >= 1, f"seed {seed}: no checkpoint was cut"
     assert log.read_text().count("going on after step") >= 3, f"seed {seed}"  # the least that these moments leave
     assert_equal_runs(folder, unbroken)
@@ -167,7 +117,7 @@ def test_ten_kills_change_nothing(driver, recipe, unbroken, tmp_path):
 @pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused(driver, recipe, unbroken, tmp_path):
     """While one trains the other is told who; once that one is killed the same command goes on; at the end, no more."""
-    folder, command = tmp_path / "run", ("train", recipe, "--output", tmp_path / "run")
+    folder, command = tmp_path / "run", (*TRAIN, recipe, "--output", tmp_path / "run")
     first = driver.start(*command, log=tmp_path / "first")
     wait_for(lambda: step_of(folder) >= 2)
     assert driver.run(*command, log=tmp_path / "second") == 2
