@@ -1,5 +1,6 @@
 """Strict, small surroundings for every test: one thread, no network, fixed seeds."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests begin first: of several workers none is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """What libraries and tests hold stays: it is not gone through each time that a Trainer has garbage collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
