@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
 import torch._inductor.config as inductor
@@ -15,13 +17,35 @@ from corelora.kernels.fast import set_fast
 from fused.test_core_linear import CASES, _close
 from fused.test_siblings import Attention, adapted, as_on_a_gpu, outcome, plain
 
+EDITS = (0, products.EDIT_FROM)  # beside a stored factor a slice writes by an edit, or as a part of a wider product
 
-@pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
-def _as_on_a_gpu(request, monkeypatch):
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compiled, "_suits", lambda x: True)
     torch.compiler.reset()
-    with as_on_a_gpu(monkeypatch, request.param):
+    with as_on_a_gpu(monkeypatch, EDITS[0]):
         yield
+
+
+@pytest.fixture
+def outcomes(monkeypatch):
+    """The outcome of a compiled model either way: what it calls asks anew each time, so that it is compiled once."""
+
+    def ask(model: nn.Module, x: Tensor, **options) -> Iterator[list[Tensor]]:
+        for edit_from in EDITS:
+            monkeypatch.setattr(products, "EDIT_FROM", edit_from)
+            yield outcome(model, x, **options)
+
+    return ask
+
+
+def follows(found: Iterable[list[Tensor]], expected: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Each outcome is the expected one."""
+    for one in found:
+        for a, b in zip(one, expected, strict=True):
+            assert a.dtype == b.dtype
+            _close(a, b, dtype)
 
 
 class Joined:
@@ -42,13 +66,12 @@ class Joined:
 
 
 @pytest.mark.parametrize(("method", "variant", "extra"), CASES, ids=str)
-def test_joined_as_apart(method, variant, extra):
+def test_joined_as_apart(outcomes, method, variant, extra):
     """Every serial method: outputs, and the gradients of x and every factor; x comes back bit for bit."""
     model, x = adapted(method, variant, **extra), torch.randn(3, 5, 37)
     before, expected, backend = x.clone(), plain(model, x), Joined()
     model.compile(fullgraph=True, backend=backend)
-    for a, b in zip(outcome(model, x), expected, strict=True):
-        _close(a, b, torch.float32)
+    follows(outcomes(model, x), expected)
     assert torch.equal(x, before)
     assert backend.groups + backend.alone > 0
 
@@ -71,38 +94,33 @@ class Normed(Attention):
 
 
 @pytest.mark.parametrize("kind", [Attention, Normed])
-def test_under_autocast(kind):
+def test_under_autocast(outcomes, kind):
     """Each layer casts the input for itself, and the casts are alike; what follows stays under autocast."""
     model, x, backend = adapted("slora"), torch.randn(4, 37), Joined()
     model.__class__ = kind
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = plain(model, x)
         model.compile(fullgraph=True, backend=backend)
-        found = outcome(model, x)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype
-        _close(a, b, torch.bfloat16)
+        follows(outcomes(model, x), expected, torch.bfloat16)
     assert (backend.groups, backend.alone) == (1, 1)
 
 
-def test_factors_that_do_not_all_learn():
+def test_factors_that_do_not_all_learn(outcomes):
     model, x = adapted("slora"), torch.randn(4, 37)
     for name, p in model.named_parameters():
         p.requires_grad_("corelora_B" in name or ("corelora" in name and name.startswith("q.")))
     expected, backend = plain(model, x), Joined()
     model.compile(fullgraph=True, backend=backend)
-    for a, b in zip(outcome(model, x), expected, strict=True):
-        _close(a, b, torch.float32)
+    follows(outcomes(model, x), expected)
     assert backend.groups == 1
 
 
-def test_an_output_that_nobody_uses():
+def test_an_output_that_nobody_uses(outcomes):
     model, x = adapted("slora"), torch.randn(4, 37)
     expected, backend = plain(model, x, used="q"), Joined()
     model.compile(fullgraph=True, backend=backend)
-    found = outcome(model, x, used="q")
-    for a, b in zip(found[:2], expected[:2], strict=True):  # the other layers' gradients may be zeros or none
-        _close(a, b, torch.float32)
+    # Beyond these two: the other layers' gradients, which may be zeros or none.
+    follows((found[:2] for found in outcomes(model, x, used="q")), expected[:2])
 
 
 class Between(Attention):
@@ -164,8 +182,10 @@ def test_on_a_cpu_they_stay_apart(monkeypatch):
     assert (backend.groups, backend.alone) == (0, 3)
 
 
-def test_registered_operation_is_well_formed():
+@pytest.mark.parametrize("edit_from", EDITS, ids=["edits", "wide"])
+def test_registered_operation_is_well_formed(monkeypatch, edit_from):
     """Fake tensors, autograd and aliasing, by PyTorch's own checker."""
+    monkeypatch.setattr(products, "EDIT_FROM", edit_from)
     x = torch.randn(2, 4, 7, requires_grad=True)
     W = [torch.randn(9, 7), torch.randn(5, 7)]
     R = [torch.randn(3, 7, requires_grad=True) for _ in W]
@@ -194,7 +214,7 @@ def test_inductor_is_told_while_a_layer_is_compiled():
     assert JoinSiblings().uuid() == JoinSiblings().uuid() != JoinSiblings(JoinSiblings()).uuid()
 
 
-def test_by_inductor(monkeypatch):
+def test_by_inductor(outcomes, monkeypatch):
     """The pass where inductor runs it, before autograd's graphs are made."""
     counts = []
     monkeypatch.setattr(compiled, "join", lambda graph: counts.append(join(graph)) or counts[-1])
@@ -202,8 +222,7 @@ def test_by_inductor(monkeypatch):
     expected = plain(model, x)
     with inductor.patch(force_disable_caches=True):
         model.compile(fullgraph=True)
-        for a, b in zip(outcome(model, x), expected, strict=True):
-            _close(a, b, torch.float32)
+        follows(outcomes(model, x), expected)
     assert counts == [1]
 
 
