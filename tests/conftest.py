@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,11 +13,33 @@ from processes import Driver
 
 torch.set_num_threads(1)
 
+TESTS = Path(__file__).parent
+
+
+# The files that take longest, longest first.
+LONGEST = (
+    "train/test_devices.py",
+    "laws/test_design_space.py",
+    "fused/test_compiled.py",
+    "evaluate/test_code_tasks.py",
+    "compare/test_command.py",
+    "train/test_checkpoints.py",
+    "test_plan.py",
+    "evaluate/test_run.py",
+    "bench/test_bench_init.py",
+    "peft/test_peft_files.py",
+    "peft/test_peft_training.py",
+    "run/test_models.py",
+    "train/test_kill.py",
+    "diffusion/test_whole.py",
+)
+
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests begin first: of several workers none is left alone with one at the end."""
+    """Long files begin first, then others with slow tests: of several workers none is left alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
 
 
 def pytest_collection_finish():
