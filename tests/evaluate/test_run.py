@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ from corelora.evaluate.run import KIND_MODULES
 from corelora.evaluate.scores import average, bootstrap_score, mean_score
 from corelora.evaluate.session import Partial, batches
 from corelora.evaluate.subject import find_subject, load_subject
-from corelora.evaluate.suites import load_suite, suite_names
+from corelora.evaluate.suites import FOLDER, load_suite, suite_names
 from corelora.tasks.answers import READERS
-from processes import CORELORA
+from processes import CORELORA, wait_for
 
 
 def command(*words: object) -> int:
@@ -40,6 +41,15 @@ def result(folder: Path, name: str) -> dict:
 
 def without_times(data: dict) -> dict:
     return {k: v for k, v in data.items() if k not in ("seconds", "versions")}
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    """The suite gsm8k with short replies: a model that has learned nothing writes as many tokens as it may."""
+    text = (FOLDER / "gsm8k.yaml").read_text()
+    path = tmp_path / "gsm8k.yaml"
+    path.write_text(re.sub(r"max_new_tokens: \d+", "max_new_tokens: 64", text))
+    return path
 
 
 def test_every_suite_loads():
@@ -73,17 +83,17 @@ def test_gsm8k_by_generation(llama, data, tmp_path, capsys):
     assert "corelora report" in capsys.readouterr().out
 
 
-def test_batched_and_single_replies_agree(llama, data, tmp_path):
+def test_batched_and_single_replies_agree(llama, data, gsm8k, tmp_path):
     """Float32: the batch size changes no reply."""
     texts = []
     for size in (1, 4, 16):
         out = tmp_path / str(size)
-        command(llama, "--suite", "gsm8k", "--data", data, "--output", out, "--batch-size", size, "--json")
+        command(llama, "--suite", gsm8k, "--data", data, "--output", out, "--batch-size", size, "--json")
         texts.append([s["output"] for s in result(out, "gsm8k-paper")["samples"]])
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_adapter_merged_or_not(llama, data, tmp_path):
+def test_adapter_merged_or_not(llama, data, gsm8k, tmp_path):
     """A corelora adapter and a PEFT one: merged by default, the same replies with the adapter beside the weights."""
     for name, config in {
         "ours": CoreLoraConfig(method="nlora", r=4, target_modules="all-linear", init_weights=False),
@@ -91,7 +101,7 @@ def test_adapter_merged_or_not(llama, data, tmp_path):
     }.items():
         base = AutoModelForCausalLM.from_pretrained(llama)
         get_peft_model(base, config).save_pretrained(tmp_path / name)
-        words = [tmp_path / name, "--suite", "gsm8k", "--data", data, "--limit", 4]
+        words = [tmp_path / name, "--suite", gsm8k, "--data", data, "--limit", 4]
         assert command(*words) == 0
         merged = result(tmp_path / name, "gsm8k-paper")
         assert command(*words, "--no-merge", "--output", tmp_path / f"{name}-beside") == 0
@@ -100,7 +110,7 @@ def test_adapter_merged_or_not(llama, data, tmp_path):
         assert merged["adapter_fingerprint"] == beside["adapter_fingerprint"]
         assert [s["output"] for s in merged["samples"]] == [s["output"] for s in beside["samples"]]
         plain = tmp_path / f"{name}-plain"
-        command(llama, "--suite", "gsm8k", "--data", data, "--limit", 4, "--output", plain)
+        command(llama, "--suite", gsm8k, "--data", data, "--limit", 4, "--output", plain)
         assert [s["output"] for s in result(plain, "gsm8k-paper")["samples"]] != [
             s["output"] for s in merged["samples"]
         ]
@@ -194,26 +204,29 @@ def test_harness_on_local_rows(llama, data, tmp_path):
     assert made["samples"][0]["prompt"].count("Question:") == 6
 
 
+def has_come_to(folder: Path, lines: int) -> bool:
+    """Whether an evaluation has written more than so many lines, or is over."""
+    begun = folder / "gsm8k-chat.gsm8k.partial.jsonl"
+    return (folder / "gsm8k-chat.json").exists() or (begun.exists() and begun.read_text().count("\n") > lines)
+
+
 @pytest.mark.slow
-def test_killed_at_three_moments(llama, data, tmp_path, driver):
+def test_killed_at_three_moments(llama, data, gsm8k, tmp_path, driver):
     """SIGKILL after the first, third and last batch: the same command goes on, the file is an unbroken run's."""
-    words = [llama, "--suite", "gsm8k", "--protocol", "chat", "--data", data, "--batch-size", 2]
+    words = [llama, "--suite", gsm8k, "--protocol", "chat", "--data", data, "--batch-size", 2]
     assert command(*words, "--output", tmp_path / "whole") == 0
     for lines in (2, 6, 10):
         out = tmp_path / f"killed-{lines}"
-        partial = out / "eval" / "gsm8k-chat.gsm8k.partial.jsonl"
+        begun = out / "eval" / "gsm8k-chat.gsm8k.partial.jsonl"
         pid = driver.start(*CORELORA, "evaluate", *words, "--output", out, log=tmp_path / "log.txt")
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (out / "eval" / "gsm8k-chat.json").exists():
-            if partial.exists() and partial.read_text().count("\n") > lines:
-                break
+        wait_for(partial(has_come_to, out / "eval", lines), seconds=120)
         os.kill(pid, signal.SIGKILL)
         code = driver.wait(pid)
         ended = (out / "eval" / "gsm8k-chat.json").exists()  # it was quicker than this test
-        assert partial.exists() != ended
+        assert begun.exists() != ended
         assert ended or code == -signal.SIGKILL
         if not ended:  # as a line that was being written when the power went
-            with partial.open("a") as f:
+            with begun.open("a") as f:
                 f.write('{"id": "gsm8k/1", "outp')
         assert command(*words, "--output", out) == 0
         assert without_times(result(out, "gsm8k-chat")) == without_times(result(tmp_path / "whole", "gsm8k-chat"))
