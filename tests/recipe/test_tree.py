@@ -145,7 +145,7 @@ def test_numbers_out_of_range():
     found = "\n".join(problems(text))
     for message in (
         "optim.lr must be above 0, got -1.0",
-        "optim.rates.C: no such group. Known: A, core, B, head.",
+        "optim.rates.C: no such group. Known: A, core, core_a, core_b, B, head.",
         "optim.rates.A must be above 0",
         "loop.steps must be at least 1, got 0",
         "loop.report_to: unknown 'x'",
