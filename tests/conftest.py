@@ -19,18 +19,23 @@ TESTS = Path(__file__).parent
 # The files that take longest, longest first.
 LONGEST = (
     "train/test_devices.py",
-    "laws/test_design_space.py",
-    "fused/test_compiled.py",
-    "evaluate/test_code_tasks.py",
     "compare/test_command.py",
+    "fused/test_compiled.py",
+    "vision/test_classification.py",
+    "evaluate/test_code_tasks.py",
     "train/test_checkpoints.py",
     "test_plan.py",
+    "laws/test_design_space.py",
     "evaluate/test_run.py",
-    "bench/test_bench_init.py",
+    "train/test_kill.py",
+    "train/test_memory.py",
+    "train/test_run.py",
+    "vision/test_few_shot.py",
     "peft/test_peft_files.py",
     "peft/test_peft_training.py",
+    "diffusion/test_dreambooth.py",
+    "vision/test_recipes.py",
     "run/test_models.py",
-    "train/test_kill.py",
     "diffusion/test_whole.py",
 )
 
@@ -39,6 +44,7 @@ def pytest_collection_modifyitems(items):
     """Long files begin first, then others with slow tests: of several workers none is left alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places)
     items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
 
 

@@ -5,13 +5,15 @@ import pytest
 import transformers
 
 from diffusion.helpers import save_pictures, save_pipeline
+from train.helpers import without_curves
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
-    """Latents and class pictures of these tests go nowhere else; quiet loading."""
+    """Latents and class pictures of these tests go nowhere else; quiet loading; no curves."""
     monkeypatch.setenv("CORELORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     transformers.utils.logging.disable_progress_bar()
+    without_curves(monkeypatch)
     diffusers.utils.logging.disable_progress_bar()
 
 

@@ -130,6 +130,15 @@ def trainer_of(recipe: Recipe, output: Path) -> Any:
     return build_trainer(run, build_model(run), Standing())
 
 
+def without_curves(monkeypatch: Any) -> None:
+    """Runs of this process draw no loss.png, which would take a fifth of a short one.
+
+    test_run.py looks at one that a run has drawn, test_progress.py at what is drawn of rows; runs in processes of their
+    own draw theirs.
+    """
+    monkeypatch.setattr("corelora.train.run.loss_curve", lambda rows, path, title: None)
+
+
 def prepare_folder(folder: Path) -> Path:
     """Model and rows for `make_recipe`."""
     save_llama(folder / "model")

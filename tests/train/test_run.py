@@ -15,6 +15,7 @@ from corelora.errors import CoreLoraError
 from corelora.kernels.fast import set_fast
 from corelora.recipe import Recipe, read_tree
 from corelora.train.arguments import float32_products, precision_problems
+from corelora.train.plots import loss_curve
 from corelora.train.run import build_model, train
 from corelora.train.tasks import TASKS, Rows, Task
 from corelora.train.trainer import ReplyTrainer
@@ -84,8 +85,9 @@ def test_a_folded_run_is_the_same_run(folder, tmp_path):
         train(make_recipe(folder, method={"name": "lora", "r": 4}, loop={"fold": True}), tmp_path / "nothing")
 
 
-def test_a_run_folder_has_everything(folder, tmp_path):
+def test_a_run_folder_has_everything(folder, tmp_path, monkeypatch):
     """Recipe, versions, metrics, curve, adapter and results; the recipe is the run's, defaults filled in."""
+    monkeypatch.setattr("corelora.train.run.loss_curve", loss_curve)
     recipe = make_recipe(folder, loop={"save_every": 3})
     results = train(recipe, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results

@@ -3,14 +3,16 @@
 import pytest
 import transformers
 
+from train.helpers import without_curves
 from vision.helpers import save_clip, save_siglip, save_textures
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
-    """What is kept of these tests goes nowhere else; quiet loading."""
+    """What is kept of these tests goes nowhere else; quiet loading; no curves."""
     monkeypatch.setenv("CORELORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     transformers.utils.logging.disable_progress_bar()
+    without_curves(monkeypatch)
 
 
 @pytest.fixture(scope="session")
