@@ -46,7 +46,7 @@ protocols:
   chat: {{kind: generate, prompt: chat, readers: [gsm8k_flexible], max_new_tokens: 24}}
   drawn: {{kind: generate, prompt: chat, readers: [gsm8k_flexible], max_new_tokens: 24, temperature: 0.9}}
 """
-OURS = CoreLoraConfig(method="nlora", r=4, target_modules="all-linear", init_weights=False)
+OURS = CoreLoraConfig(method="nlora", r=4, alpha=1, target_modules="all-linear", init_weights=False)
 THEIRS = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
 
 
