@@ -6,12 +6,13 @@ docs/defaults.yaml lists the defaults, and the studies, groups and settings that
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from key_tables import table
-from study_tables import known_study
+from study_tables import known_study, rated
 
 from corelora.compare.leaders import Leader, noise_of
 from corelora.compare.tables import group_leaders
@@ -21,30 +22,34 @@ LIST = Path(__file__).resolve().parent / "defaults.yaml"
 
 def defaults() -> str:
     """Each default with its figure, the best other setting's, and what the difference says."""
-    header = ["method", "default", "study and score", "with it", "best other setting", "with that", "the default is"]
-    return table(header, [row for entry in yaml.safe_load(LIST.read_text()) for row in _rows(entry)])
+    header = ["method", "default", "study and score", "with it (rate)", "best other setting", "with that (rate)"]
+    entries = yaml.safe_load(LIST.read_text())
+    return table([*header, "the default is"], [row for entry in entries for row in _rows(entry)])
 
 
 def _rows(entry: dict[str, Any]) -> Iterator[list[str]]:
     for place in entry["decided_by"]:
-        with known_study(place["study"]) as folder:
-            [group] = [g for g in folder.study.groups if g.name == place["group"]]
-            score, lower = folder.study.score_of(group)
-            found = [x for x in group_leaders(folder, group, folder.standings()[group.name]) if x.scores]
-        by_name = {", ".join(value for _, value in x.setting): x for x in found}
+        score, lower, found = _leaders(place["study"])[place["group"]]
         wanted = [place["setting"], *place.get("against", [])]
-        if missing := [name for name in wanted if name not in by_name]:
-            raise SystemExit(f"{LIST.name}: {place['study']} has no finished run of {missing}: {', '.join(by_name)}")
-        own = by_name.pop(place["setting"])
-        other = next(name for name in by_name if name in wanted or "against" not in place)
+        if missing := [name for name in wanted if name not in found]:
+            raise SystemExit(f"{LIST.name}: {place['study']} has no finished run of {missing}: {', '.join(found)}")
+        own = found[place["setting"]]
+        others = wanted[1:] or [name for name in found if found[name] is not own]
+        other = next(name for name in found if name in others)  # they come best first
         where = f"{place['study']}, {score.replace('_', ' ')}"
-        cells = [_shown(own), other, _shown(by_name[other]), _reading(own, by_name[other], lower)]
+        cells = [rated(own, 4), other, rated(found[other], 4), _reading(own, found[other], lower)]
         yield [entry["method"], entry["default"], where, *cells]
 
 
-def _shown(leader: Leader) -> str:
-    spread = f" ± {leader.deviation:.4f}" if leader.deviation is not None else ""
-    return f"{leader.mean:.4f}{spread} (lr {', '.join(value for _, value in leader.tuned)})"
+@cache
+def _leaders(study: str) -> dict[str, tuple[str, bool, dict[str, Leader]]]:
+    """(score, whether lower is better, leaders with runs by their setting's values) of a study's groups by name."""
+    with known_study(study) as folder:
+        groups = [(group, *folder.study.score_of(group)) for group in folder.study.groups]
+        standings = folder.standings()
+        found = {g.name: [x for x in group_leaders(folder, g, standings[g.name]) if x.scores] for g, _, _ in groups}
+    named = {name: {", ".join(v for _, v in x.setting): x for x in leaders} for name, leaders in found.items()}
+    return {group.name: (score, lower, named[group.name]) for group, score, lower in groups}
 
 
 def _reading(own: Leader, other: Leader, lower: bool) -> str:

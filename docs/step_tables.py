@@ -49,7 +49,7 @@ def compiled_runs() -> str:
     rows = []
     for name in runs[-1][1]:
         parts = [(over[name], over[name] / over["peft_lora"]) for _, over in runs]
-        cells = [f"{excess:.1%} ({part:.0%})".replace("%", " %") for excess, part in parts]
+        cells = [f"{figures.shown(excess, '.1%')} ({figures.shown(part, '.0%')})" for excess, part in parts]
         rows.append([find_peer(name).title, *cells])
     header = [f"{v['rounds']} visits of {v['steps']} steps" for v, _ in runs]
     return table(["over the base (of PEFT LoRA's excess)", *header], rows)

@@ -64,7 +64,7 @@ def _beside_head(found: Sequence[Leader]) -> str:
     for leader in found:
         method = dict(leader.setting)["method"]
         gain = "-" if method == "head" else _gain(_scores(found, method), head)
-        score = f"{leader.mean:.4f} ± {statistics.stdev(leader.scores):.4f}"
+        score = f"{leader.mean:.4f} ± {leader.deviation:.4f}"
         rate = " ".join(f"{value}" for _, value in leader.tuned)
         numbers = [leader.average(name) or 0.0 for name in ("trained_parameters", "seconds")]
         rows.append([method, rate, score, gain, *(f"{n:,.0f}" for n in numbers)])
@@ -124,16 +124,16 @@ def minilm() -> str:
         with known_study(f"minilm-glue/{task}") as folder:
             found = group_leaders(folder, folder.study.groups[0], next(iter(folder.standings().values())))
         columns[task] = {"most frequent class": f"{about['majority']:.3f}"}
-        columns[task] |= {dict(x.setting)["method"]: _rated(x) for x in found if x.scores}
+        columns[task] |= {dict(x.setting)["method"]: rated(x, 3) for x in found if x.scores}
     methods = dict.fromkeys(name for column in columns.values() for name in column)
     header = ["", *(f"{task}, {about['score'].removeprefix('test_')}" for task, about in tasks.items())]
     return table(header, [[name, *(column.get(name, "-") for column in columns.values())] for name in methods])
 
 
-def _rated(leader: Leader) -> str:
+def rated(leader: Leader, digits: int) -> str:
     """A score, its deviation where there are several seeds, and the rate."""
-    spread = f" ± {statistics.stdev(leader.scores):.3f}" if len(leader.scores) > 1 else ""
-    return f"{leader.mean:.3f}{spread} ({', '.join(value for _, value in leader.tuned)})"
+    spread = "" if leader.deviation is None else f" ± {leader.deviation:.{digits}f}"
+    return f"{leader.mean:.{digits}f}{spread} ({', '.join(value for _, value in leader.tuned)})"
 
 
 def study(name: str) -> Callable[[], str]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 CORELORA = ("-m", "corelora")
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 LIBRARIES = (
     "torch.distributed.run",
     "transformers.trainer",

@@ -11,6 +11,7 @@ from corelora.data.replies import begin_tokens, encode_replies, tokenizer_key
 from corelora.errors import CoreLoraError
 from corelora.recipe.schema import DataPart, SourcePart
 from data.conftest import byte_tokenizer, llama_tokenizer, write_lines
+from processes import TWO_RANKS
 
 ROWS = [{"query": f"What is {n} + {n}?", "response": f"It is {2 * n}. é 漢"} for n in range(1, 21)]
 TURNS = [
@@ -206,9 +207,8 @@ def test_two_processes_tokenise_once(tmp_path, cache, driver):
     """The second one waits, and reads what the first made."""
     path = write_lines(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "rank.py").write_text(RANK)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = driver.call(*launch, tmp_path / "rank.py", path, tmp_path, environment=environment)
+    done = driver.call(*TWO_RANKS, tmp_path / "rank.py", path, tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2)]
     assert [r["made"] for r in ranks] == [1, 0]

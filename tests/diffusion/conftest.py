@@ -2,18 +2,15 @@
 
 import diffusers
 import pytest
-import transformers
 
 from diffusion.helpers import save_pictures, save_pipeline
-from train.helpers import without_curves
+from train.helpers import surround_runs
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     """Latents and class pictures of these tests go nowhere else; quiet loading; no curves."""
-    monkeypatch.setenv("CORELORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    transformers.utils.logging.disable_progress_bar()
-    without_curves(monkeypatch)
+    surround_runs(monkeypatch, tmp_path_factory.getbasetemp())
     diffusers.utils.logging.disable_progress_bar()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import corelora
 import corelora.storage
 from corelora.storage import readable
+from processes import TWO_RANKS
 
 HERE = Path(__file__).parent
 
@@ -26,9 +27,8 @@ CASES = ["ddp:nora", "fsdp2:nlora", "fsdp2:inttune", "fsdp2:nora", "fsdp1:nlora"
 def ranks(tmp_path_factory, driver):
     """A folder with what two ranks saw, one file a case; they are started once for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     environment = {"GLOO_SOCKET_IFNAME": "lo"}
-    done = driver.call(*launch, HERE / "peft_ranks.py", folder, *CASES, environment=environment)
+    done = driver.call(*TWO_RANKS, HERE / "peft_ranks.py", folder, *CASES, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

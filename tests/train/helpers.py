@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -130,13 +131,15 @@ def trainer_of(recipe: Recipe, output: Path) -> Any:
     return build_trainer(run, build_model(run), Standing())
 
 
-def without_curves(monkeypatch: Any) -> None:
-    """Runs of this process draw no loss.png, which would take a fifth of a short one.
+def surround_runs(monkeypatch: Any, folder: Path) -> None:
+    """What runs keep goes to a cache in `folder`; they load quietly, and those of this process draw no loss.png.
 
-    test_run.py looks at one that a run has drawn, test_progress.py at what is drawn of rows; runs in processes of their
-    own draw theirs.
+    To draw it would take a fifth of a short run. test_run.py looks at one that a run has drawn, test_progress.py at
+    what is drawn of rows; runs in processes of their own draw theirs.
     """
+    monkeypatch.setenv("CORELORA_CACHE", str(folder / "cache"))
     monkeypatch.setattr("corelora.train.run.loss_curve", lambda rows, path, title: None)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def prepare_folder(folder: Path) -> Path:

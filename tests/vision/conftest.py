@@ -1,18 +1,15 @@
 """Tiny models and generated pictures, and a cache of their own, for the tests of vision."""
 
 import pytest
-import transformers
 
-from train.helpers import without_curves
+from train.helpers import surround_runs
 from vision.helpers import save_clip, save_siglip, save_textures
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     """What is kept of these tests goes nowhere else; quiet loading; no curves."""
-    monkeypatch.setenv("CORELORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    transformers.utils.logging.disable_progress_bar()
-    without_curves(monkeypatch)
+    surround_runs(monkeypatch, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

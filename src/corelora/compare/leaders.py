@@ -182,13 +182,18 @@ def _usable(
         runs, lower = [[(run, loss or 0.0) for run, loss in of_it] for of_it in losses], True
     rates = sorted((of_it[0][0].run.recipe.optim.lr, _first(of_it, group.seeds)) for of_it in runs)
     at = (min if lower else max)(range(len(rates)), key=lambda n: rates[n][1])
-    near = [abs(value - rates[at][1]) <= NEAR * abs(rates[at][1]) for _, value in rates]
+    near = [is_near(value, rates[at][1]) for _, value in rates]
     low = high = at
     while low > 0 and near[low - 1]:
         low -= 1
     while high + 1 < len(rates) and near[high + 1]:
         high += 1
     return rates[low][0], rates[high][0]
+
+
+def is_near(value: float, best: float) -> bool:
+    """Whether a loss is within 1 % of another."""
+    return abs(value - best) <= NEAR * abs(best)
 
 
 def _tried(group: Group, runs: Sequence[Standing]) -> tuple[float, float] | None:

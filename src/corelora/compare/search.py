@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corelora.compare.leaders import LOSS, NEAR, Leader, by_setting, leader_of
+from corelora.compare.leaders import LOSS, Leader, by_setting, is_near, leader_of
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
@@ -56,7 +56,7 @@ def _as_good(leader: Leader, tried: Sequence[Standing], score: str) -> list[Stan
     loss, equal = best.figure(LOSS), [run for run in tried if run.figure(score) == best.figure(score)]
     if loss is None:
         return equal
-    return [run for run in equal if abs((run.figure(LOSS) or 0.0) - loss) <= NEAR * abs(loss)]
+    return [run for run in equal if is_near(run.figure(LOSS) or 0.0, loss)]
 
 
 def _reaches(leader: Leader, low: float, high: float, by_loss: bool) -> tuple[bool, bool]:
