@@ -7,6 +7,7 @@ import yaml
 
 from corelora.recipe import Recipe, read_tree
 from corelora.train.methods import method_names, problems
+from corelora.train.plots import loss_curve
 from corelora.train.run import train
 from train.helpers import make_recipe
 
@@ -32,7 +33,8 @@ def test_its_methods_exist():
     assert set(named) <= set(method_names())
 
 
-def test_its_files_are_those_of_a_run(folder, tmp_path):
+def test_its_files_are_those_of_a_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("corelora.train.run.loss_curve", loss_curve)
     train(make_recipe(folder, loop={"report_to": ["tensorboard"]}), tmp_path)
     named = set(re.findall(r"`([^`]+)`", " ".join(rows_of("| file | what |"))))
     made = {p.name + ("/" if p.is_dir() else "") for p in tmp_path.iterdir() if not p.name.startswith(".")}
