@@ -99,6 +99,37 @@ def test_compiled_by_inductor(method):
     assert _error(found, expected) < 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_branches_of_a_recorded_graph(method, dtype):
+    """Played again with other numbers, both passes over a group and a layer give what eager code gives."""
+    model = _adapted_llama(method, dtype, wide=dtype == torch.bfloat16).base_model.model.model.layers[0]
+    attention, x = model.self_attn, torch.randn(77, 128, device="cuda", dtype=dtype, requires_grad=True)
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    learned = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    dy = torch.randn(77, 128 + 64 + 64 + 128, device="cuda", dtype=dtype)
+
+    def work() -> list[torch.Tensor]:
+        y = torch.cat([layer(x) for layer in layers[:3]], dim=1)
+        return [y, *torch.autograd.grad(torch.cat((y, layers[3](x.sin())), dim=1), [x, *learned], dy)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        again = [t.clone() for t in found]
+        for a, b in zip(again, work(), strict=True):
+            assert _error(a, b) < TOLERANCE[dtype]
+
+
 def _llama() -> LlamaForCausalLM:
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)

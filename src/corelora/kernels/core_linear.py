@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from corelora.kernels.branches import at_once, branches, nothing
 from corelora.kernels.form import Chain, Form, FormMaker, Layout, on_cpu, product
 from corelora.kernels.narrow import narrowed
-from corelora.kernels.products import Side, Small, apply_form, through
+from corelora.kernels.products import Order, Side, Small, apply_form, choose_order, edits, through, write_form
 
 
 def read_side(R: Tensor | None, layout: Layout) -> Side:
@@ -67,28 +69,57 @@ class Saved:
 def run_backward(
     dy: Tensor, saved: Saved, needs: tuple[bool, ...] | list[bool]
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """([dx, dR, dL], [V[T,q], ...]) of the form: gradients, None where `needs` says that nobody asks, and the features
-    of dy before and between the matrices of G^T, from which G's gradient follows."""
-    W, scale = saved.W, saved.layout.scale
+    """([dx, dR, dL, dG], [V[T,q], ...]) of the form: gradients, None where `needs` says that nobody asks, and the
+    features of dy before and between the matrices of G^T, from which the gradients of a longer chain follow."""
+    W, layout = saved.W, saved.layout
     flat = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     R, L, chain = _narrow(saved.R, saved.L, saved.chain, dy.dtype)
-    read, write = read_side(R, saved.layout), write_side(L, saved.layout)
-    small = Small(tuple([matrix.t() for matrix in reversed(chain)]), scale)
-    dx = dR = dL = None
-    if needs[0]:
+    read, write = read_side(R, layout), write_side(L, layout)
+    small = Small(tuple([matrix.t() for matrix in reversed(chain)]), layout.scale)
+    start = partial(torch.mm, flat, write.rows(W.t()).t())
+    again = partial(_writing_features, saved, chain) if needs[2] and saved.L is not None else nothing
+    if not needs[0]:  # the first layer: no input gradient, only the factors'
+        out, features, F = None, through(start(), small.chain), again()
+        rest = [call() for call in _others(flat, saved, needs, features, F)]
+    elif not branches(flat) or choose_order(W.shape[1], W.shape[0], write, read, flat) is Order.AFTER:
         out, features = apply_form(flat, W.t(), None, write, read, small)
-        dx = out if dy.dim() == 2 else out.view(*dy.shape[:-1], W.shape[1])
-    else:  # the first layer: no input gradient, only the factors'
-        features = through(flat @ write.rows(W.t()).t(), small.chain)
+        rest = [call() for call in _others(flat, saved, needs, features, again())]
+    else:
+        edited = edits(flat, read, bool(chain), W.shape[1])
+        V, F = at_once([start, again], flat)
+        features = [V]
+        if chain and (read.stored is not None or not edited):
+            features = through(V, small.chain)
+            small.F = features[-1]
+        main = partial(write_form, flat, W.t(), None, V, read, small)
+        others = _others(flat, saved, needs, features, F)
+        (out, _), *rest = at_once([main, *others], flat, alone=edited and needs[2])
+    dx = out if out is None or dy.dim() == 2 else out.view(*dy.shape[:-1], W.shape[1])
+    return [dx, *rest], features
+
+
+def _others(
+    dy: Tensor, saved: Saved, needs: tuple[bool, ...] | list[bool], features: list[Tensor], F: Tensor | None
+) -> list[Callable[[], Tensor | None]]:
+    """What computes dR, dL and dG from dy[T,o], its features, and F where L learns; of G only if it is one matrix."""
+    calls: list[Callable[[], Tensor | None]] = [nothing] * 3
+    scale, kept = saved.layout.scale, saved.features
     if needs[1] and saved.x is not None and saved.R is not None:
         H = features[-1]  # R is stored, so its gradient's features stood alone
-        H1 = H[:, : saved.R.shape[0]] if read.count else H
-        dR = product(H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), saved.R.dtype, scale)
-    if needs[2] and saved.L is not None:
-        n, kept = saved.L.shape[1], saved.features
-        F = kept[-1] if saved.has_F else through(kept[0], _rows_of(chain, n))[-1]
-        dL = product(flat.t(), F[:, :n], saved.L.dtype, scale)
-    return [dx, dR, dL], features
+        H1 = H[:, : saved.R.shape[0]] if saved.layout.rows else H
+        calls[0] = partial(product, H1.t(), saved.x.reshape(-1, saved.x.shape[-1]), saved.R.dtype, scale)
+    if F is not None and saved.L is not None:
+        calls[1] = partial(product, dy.t(), F, saved.L.dtype, scale)
+    if needs[3] and saved.chain:
+        calls[2] = partial(product, features[0].t(), kept[0], saved.chain[0].dtype)
+    return calls
+
+
+def _writing_features(saved: Saved, chain: Chain) -> Tensor:
+    """F[T,n] of the n columns of L."""
+    assert saved.L is not None
+    n, kept = saved.L.shape[1], saved.features
+    return kept[-1][:, :n] if saved.has_F else through(kept[0], _rows_of(chain, n))[-1][:, :n]
 
 
 def _rows_of(chain: Chain, count: int) -> Chain:
@@ -165,12 +196,12 @@ def _from_kept(ctx: Any, kept: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | No
     x, W, R, L, C, D, *rest = kept
     n, maker, features = ctx.needs_input_grad, ctx.maker, rest[ctx.links :]
     saved = Saved(x, W, R, L, tuple(rest[: ctx.links]), features, ctx.layout, has_F=ctx.on_cpu)
-    (dx, dR, dL), V = run_backward(dy, saved, (n[0], n[3], n[4]))
+    (dx, dR, dL, dG), V = run_backward(dy, saved, (n[0], n[3], n[4], n[5] and not ctx.on_cpu))
     dC = dD = None
     if n[5] and ctx.on_cpu:
         dC, dD = maker.core_gradients(V, features, C, D)
-    elif n[5]:
-        dC, dD = maker.collapse(product(V[0].t(), features[0], C.dtype), C, D)
+    elif dG is not None:
+        dC, dD = maker.collapse(dG, C, D)
     return dx, None, None, dR, dL, dC, dD, None
 
 
@@ -264,8 +295,7 @@ def linear_backward_op(
 ) -> list[Tensor]:
     """[dx, dR, dL, dG]; an empty tensor where `needs` says that nobody asks."""
     layout = Layout(rows, row_index, cols, col_index, scale)
-    grads, features = run_backward(dy, Saved(x, W, R, L, () if G is None else (G,), [U], layout), needs)
-    grads.append(product(features[0].t(), U, G.dtype) if G is not None and needs[3] else None)
+    grads, _ = run_backward(dy, Saved(x, W, R, L, () if G is None else (G,), [U], layout), needs)
     return [dy.new_empty(0) if g is None else g for g in grads]
 
 

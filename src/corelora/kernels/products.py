@@ -94,11 +94,13 @@ class Small:
         chain: G as a chain of matrices.
         scale: of all; 1 where it is in G.
         F: G U [T,q] in this pass, where it was made together with other layers'.
+        y: Lf F [T,o] in this pass, where it was made beside another layer's base product; it is written to.
     """
 
     chain: Chain
     scale: float
     F: Tensor | None = None
+    y: Tensor | None = None
 
     def last(self) -> Tensor | None:
         """The last matrix, with the scale; None for the identity."""
@@ -156,7 +158,7 @@ def write_form(
     """
     if not edits(x, write, bool(small.chain), W.shape[0]):
         features = through(U, small.chain) if small.F is None else [U, small.F]
-        y = scaled_product(features[-1], write.rows(W.t()), small.scale)
+        y = small.y if small.y is not None else scaled_product(features[-1], write.rows(W.t()), small.scale)
         if bias is not None:
             y.add_(bias)
         return y.addmm_(x, W.t()), features

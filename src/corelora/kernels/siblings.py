@@ -12,13 +12,16 @@ Which layers these are: groups.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from corelora.kernels.branches import at_once, branches, nothing
 from corelora.kernels.core_linear import below_autograd, direct_apply, read_side, write_side
 from corelora.kernels.edit import add_columns, hold_columns, put_back
 from corelora.kernels.form import Form, FormMaker, product
@@ -48,13 +51,27 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
             m.small.F = F
     count = _edited_columns(x, members, writes)
     held = None if count is None else hold_columns(x, count)
-    ys = [
-        write_form(x, m.W, m.bias, U, write, m.small, held)[0]
+    calls = [
+        partial(write_form, x, m.W, m.bias, U, write, m.small, held)
         for m, write, U in zip(members, writes, split_features(thin, team.widths), strict=True)
     ]
+    ahead = [m for m, write in zip(members[1:], writes[1:], strict=True) if not _edits(x, m, write, m.W.shape[0])]
+    if stack is None or not branches(x):
+        ahead = []
+    # The adapters' own products write much and compute little: beside the first base product.
+    first, *starts = at_once([calls[0], *(partial(_start, m) for m in ahead)], x)
+    for m, y in zip(ahead, starts, strict=True):
+        m.small.y = y
+    ys = [first[0], *(call()[0] for call in calls[1:])]
     if held is not None:
         put_back(held, None)
     return ys, [thin]
+
+
+def _start(m: Member) -> Tensor:
+    """Lf F [T,o], into which the base product is accumulated."""
+    assert m.small.F is not None
+    return m.small.F @ write_side(m.L, m.layout).rows(m.W.t())
 
 
 def _some_apart(
@@ -77,7 +94,7 @@ def _some_apart(
 def _edited_columns(x: Tensor, members: Sequence[Member], writes: Sequence[Side]) -> int | None:
     """How many leading columns of x all members edit; None where they don't all edit the same ones."""
     counts = {
-        write.count if write.index is None and edits(x, write, bool(m.small.chain), m.W.shape[0]) else 0
+        write.count if write.index is None and _edits(x, m, write, m.W.shape[0]) else 0
         for m, write in zip(members, writes, strict=True)
     }
     return counts.pop() or None if len(counts) == 1 else None
@@ -101,28 +118,68 @@ def backward_all(
         features: as `forward_all` gives them.
         needs_x: whether dx is wanted.
     """
+    found = _features_of(dys, team, features)
+    # An edit of a dy is there until the base product has read it.
+    edited = any(_edits_back(dy, m) and m.wants_L is not None for dy, m in zip(dys, team.members, strict=True))
+    calls: list[Callable[[], Any]] = [
+        partial(_input_gradient, dys, team, found) if needs_x else nothing,
+        partial(_reading_gradient, team.members, found, x),
+        partial(_core_gradients, team.members, found),
+        *(partial(_writing_gradient, *each) for each in zip(dys, team.members, found.U, found.F, strict=True)),
+    ]
+    dx, dR, dG, *dLs = at_once(calls, dys[0], alone=edited)
+    return dx, dR, dLs, dG
+
+
+@dataclass(slots=True)
+class _Features:
+    """The thin features of a backward pass, of each layer.
+
+    Attributes:
+        U: [T,p], of the input.
+        F: U G^T [T,q] where they were made together for the gradients of L.
+        V: [T,q], of the output's gradient.
+        H: V G [T,p]; None where nothing is done with it but one edit, which applies G itself.
+        whole: H of all side by side, where it was made so.
+        stack: of the group, if it has one.
+    """
+
+    U: Sequence[Tensor]
+    F: Sequence[Tensor | None]
+    V: Sequence[Tensor]
+    H: Sequence[Tensor | None]
+    whole: Tensor | None
+    stack: Stack | None
+
+
+def _features_of(dys: Sequence[Tensor], team: Team, features: Sequence[Tensor]) -> _Features:
     members = team.members
     together = features[0] if len(features) < len(members) else None
-    thin = features if together is None else split_features(together, team.widths)
+    U = features if together is None else split_features(together, team.widths)
     stack = stack_of([m.small for m in members], together, team.grams)
     places: Any = [None] * len(members) if stack is None else stack.V.chunk(len(members), dim=1)
-    V = [
-        torch.mm(dy, write_side(m.L, m.layout).rows(m.W.t()).t(), out=place)
+    starts: list[Callable[[], Any]] = [
+        partial(torch.mm, dy, write_side(m.L, m.layout).rows(m.W.t()).t(), out=place)
         for dy, m, place in zip(dys, members, places, strict=True)
     ]
-    # H = V G, where more is done with it than one edit, which applies G itself.
+    again = stack is not None and any(m.wants_L for m in members)
+    *V, F = at_once([*starts, stack.forward if stack is not None and again else nothing], dys[0])
+    F = [None] * len(members) if F is None else F
     plain = [m.R is not None or not m.layout.rows or not m.small.chain for m in members]
-    whole = stack.backward() if stack is not None and all(plain) else None
-    H: Sequence[Tensor | None]
-    if whole is None:
-        H = [_thick(v, m) if more else None for v, m, more in zip(V, members, plain, strict=True)]
-    else:
-        H = split_features(whole, team.widths)
-    dx = _input_gradient(dys, team, V, H, whole) if needs_x else None
-    dR = _reading_gradient(members, H, whole, x)
-    F: Any = stack.forward() if stack is not None and any(m.wants_L for m in members) else [None] * len(members)
-    dLs = [_writing_gradient(*each) for each in zip(dys, members, thin, F, strict=True)]
-    return dx, dR, dLs, _core_gradients(members, V, thin, stack)
+    if stack is not None and all(plain):
+        whole = stack.backward()
+        return _Features(U, F, V, split_features(whole, team.widths), whole, stack)
+    H = [_thick(v, m) if more else None for v, m, more in zip(V, members, plain, strict=True)]
+    return _Features(U, F, V, H, None, stack)
+
+
+def _edits(x: Tensor, m: Member, write: Side, width: int) -> bool:
+    """Whether a slice writes its part of an output of this width by an edit of x; backward, x is dy."""
+    return edits(x, write, bool(m.small.chain), width)
+
+
+def _edits_back(dy: Tensor, m: Member) -> bool:
+    return _edits(dy, m, read_side(m.R, m.layout), m.W.shape[1])
 
 
 def _thick(V: Tensor, m: Member) -> Tensor:
@@ -131,16 +188,14 @@ def _thick(V: Tensor, m: Member) -> Tensor:
     return H if m.small.scale == 1 else H * m.small.scale
 
 
-def _input_gradient(
-    dys: Sequence[Tensor], team: Team, V: Sequence[Tensor], thick: Sequence[Tensor | None], whole: Tensor | None
-) -> Tensor:
+def _input_gradient(dys: Sequence[Tensor], team: Team, found: _Features) -> Tensor:
     """dx: stored and copied rows in one product, slices by an edit of dy, the base products added to it."""
     members = team.members
     columns, rows = [], []
     edited: list[tuple[Tensor, Tensor | None] | None] = []
-    for dy, m, v, H in zip(dys, members, V, thick, strict=True):
+    for dy, m, v, H in zip(dys, members, found.V, found.H, strict=True):
         read = read_side(m.R, m.layout)
-        by_edit = edits(dy, read, bool(m.small.chain), m.W.shape[1])
+        by_edit = _edits_back(dy, m)
         if H is None and by_edit:
             edited.append((v, m.small.chain[0].t()))
             continue
@@ -152,7 +207,7 @@ def _input_gradient(
             rows += [m.R] if by_edit and m.R is not None else _rows(read, m.W)
     dx: Tensor | None = None
     if columns:
-        dx = _side_by_side(columns, whole) @ team.joined(rows)
+        dx = _side_by_side(columns, found.whole) @ team.joined(rows)
     for dy, m, part in zip(dys, members, edited, strict=True):
         place = None if part is None else add_columns(dy, *part, m.layout.row_index)
         dx = dy @ m.W if dx is None else dx.addmm_(dy, m.W)
@@ -169,19 +224,17 @@ def _side_by_side(columns: Sequence[Tensor], whole: Tensor | None) -> Tensor:
     return columns[0] if len(columns) == 1 else torch.cat(tuple(columns), dim=1)
 
 
-def _reading_gradient(
-    members: Sequence[Member], thick: Sequence[Tensor | None], whole: Tensor | None, x: Tensor | None
-) -> Tensor | None:
+def _reading_gradient(members: Sequence[Member], found: _Features, x: Tensor | None) -> Tensor | None:
     """The gradients [n,i] of every R that learns in one product, one below the other."""
     own = [
         (H[:, : m.R.shape[0]], m.wants_R)
-        for m, H in zip(members, thick, strict=True)
+        for m, H in zip(members, found.H, strict=True)
         if m.wants_R is not None and m.R is not None and H is not None
     ]
     if not own or x is None:
         return None
     types = {dtype for _, dtype in own}
-    H = _side_by_side([H for H, _ in own], whole)
+    H = _side_by_side([H for H, _ in own], found.whole)
     return product(H.t(), x, types.pop() if len(types) == 1 else x.dtype)
 
 
@@ -203,15 +256,14 @@ def _writing_gradient(dy: Tensor, m: Member, U: Tensor, F: Tensor | None) -> Ten
     return product(dy.t(), F[:, :n], m.wants_L, m.small.scale)
 
 
-def _core_gradients(
-    members: Sequence[Member], V: Sequence[Tensor], thin: Sequence[Tensor], stack: Stack | None
-) -> Tensor | list[Tensor | None]:
+def _core_gradients(members: Sequence[Member], found: _Features) -> Tensor | list[Tensor | None]:
     """dG[q,p] = V^T U of each layer whose core learns."""
     types = {m.wants_G for m in members}
-    if stack is not None and len(types) == 1 and (dtype := types.pop()) is not None:
-        return stack.gradients(dtype)
+    if found.stack is not None and len(types) == 1 and (dtype := types.pop()) is not None:
+        return found.stack.gradients(dtype)
     return [
-        None if m.wants_G is None else product(v.t(), u, m.wants_G) for m, v, u in zip(members, V, thin, strict=True)
+        None if m.wants_G is None else product(v.t(), u, m.wants_G)
+        for m, v, u in zip(members, found.V, found.U, strict=True)
     ]
 
 

@@ -1,0 +1,68 @@
+"""Products that wait for nothing of one another, at the same time, in recorded graphs.
+
+Narrow products, of thin features and of the gradients of factors, have few blocks of work each: one after the other
+they leave most of a GPU idle. Beside each other, and beside the wide product of the input's gradient, they fill it. A
+CUDA graph keeps what was launched on several streams as branches, which cost nothing when it is played again. In eager
+code the host would have more to launch, so there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_allowed = True
+
+
+def set_branches(allowed: bool) -> bool:
+    """Whether recorded graphs may branch. For measurements.
+
+    Returns:
+        What was set before.
+    """
+    global _allowed
+    before, _allowed = _allowed, allowed
+    return before
+
+
+def branches(like: Tensor) -> bool:
+    """Whether the work on a tensor's device is being recorded, and may branch."""
+    return _allowed and like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def at_once(calls: Sequence[Callable[[], Any]], like: Tensor, *, alone: bool = False) -> list[Any]:
+    """The result of each call.
+
+    What one of the streams frees is safe from the others: each fork waits for all that came before it.
+
+    Args:
+        calls: the first is what will be waited for longest.
+        like: on the device of all.
+        alone: one follows the other, since one changes for a while what another reads.
+    """
+    if alone or len(calls) < 2 or not branches(like):
+        return [call() for call in calls]
+    here = torch.cuda.current_stream(like.device)
+    others = [_stream(like.device, n) for n in range(1, len(calls))]
+    for other in others:
+        other.wait_stream(here)
+    made = [calls[0]()]
+    for call, other in zip(calls[1:], others, strict=True):
+        with torch.cuda.stream(other):
+            made.append(call())
+    for other in others:
+        here.wait_stream(other)
+    return made
+
+
+def nothing() -> None:
+    """The call for what nobody asks for."""
+
+
+@cache
+def _stream(device: torch.device, n: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

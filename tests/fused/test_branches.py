@@ -1,0 +1,80 @@
+"""The gradients of factors beside the input's: whatever the moment at which they are computed, they are the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from corelora.kernels import branches, core_linear, groups, products, siblings
+from fused.test_core_linear import CASES, _close
+from fused.test_siblings import adapted, as_on_a_gpu, grouped, groups_of, outcome, plain
+
+
+@pytest.fixture(params=[0, products.EDIT_FROM], ids=["edits", "wide"])
+def _as_on_a_gpu(request, monkeypatch):
+    groups._seen.__dict__.clear()
+    with as_on_a_gpu(monkeypatch, request.param):
+        yield
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """As while a graph is recorded: the other calls run when the first has changed most, before it puts that back."""
+    made = []
+
+    def in_between(calls, like, *, alone=False):
+        if alone:
+            return [call() for call in calls]
+        rest = []
+        with monkeypatch.context() as patch:
+            for module in (siblings, products):
+                put_back = module.put_back
+
+                def after_the_rest(*given, put_back=put_back):
+                    if not rest:
+                        rest.extend(call() for call in calls[1:])
+                    put_back(*given)
+
+                patch.setattr(module, "put_back", after_the_rest)
+            main = calls[0]()
+        made.append(bool(rest))
+        return [main, *(rest or [call() for call in calls[1:]])]
+
+    monkeypatch.setattr(core_linear, "branches", lambda like: True)
+    monkeypatch.setattr(siblings, "branches", lambda like: True)
+    monkeypatch.setattr(core_linear, "at_once", in_between)
+    monkeypatch.setattr(siblings, "at_once", in_between)
+    return made
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize(("method", "variant", "extra"), CASES, ids=str)
+def test_beside_as_before(method, variant, extra, forks):
+    """Every serial method, layers apart and together."""
+    model, x = adapted(method, variant, **extra), torch.randn(3, 5, 37)
+    expected = plain(model, x)
+    for a, b in zip(outcome(model, x), expected, strict=True):  # the first pass: apart
+        _close(a, b, torch.float32)
+    before = len(forks)
+    outcome(model, x)
+    assert len(groups_of(model)) == 1
+    for a, b in zip(outcome(model, x), expected, strict=True):
+        _close(a, b, torch.float32)
+    assert len(forks) > before > 0
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_work_between_an_edit_and_its_end(forks):
+    """The test above would see it: IntTune's core learns while the gradient of an output is edited."""
+    model, x = adapted("inttune"), torch.randn(4, 37)
+    grouped(model, x)
+    outcome(model, x)
+    assert any(forks)
+
+
+def test_nothing_branches_where_nothing_is_recorded():
+    calls = []
+    found = branches.at_once([lambda: calls.append(1) or 1, lambda: calls.append(2) or 2], torch.ones(1))
+    assert (found, calls) == ([1, 2], [1, 2])
+    assert branches.set_branches(False)
+    assert not branches.set_branches(True)
