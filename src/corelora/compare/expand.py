@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -110,11 +112,12 @@ def _expand_group(study: Study, group: Group, where: Path) -> tuple[list[Planned
     runs: list[Planned] = []
     problems: list[str] = []
     below = merged(nested(study.set), nested(group.set))
+    read_once = cache(read_yaml)
     for labels, above in _points(group):
         for seed in group.seeds:
             file = above.get("recipe") or group.recipe or study.recipe
             keys = {k: v for k, v in above.items() if k != "recipe"}
-            base = read_yaml(where / str(file))
+            base = copy.deepcopy(read_once(where / str(file)))
             if any(_is_whole_method(k, v) for given in (study.set, group.set, keys) for k, v in given.items()):
                 base.pop("method", None)
             data = _laid_over(base, below, nested(keys), {"loop": {"seed": seed}})

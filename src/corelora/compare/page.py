@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,18 @@ def page_html(folder: StudyFolder) -> str:
     data = json.dumps(charts).replace("</", "<\\/")
     style = (HERE / "page.css").read_text(encoding="utf-8")
     title = _text(folder.root.name)
-    script = vl_convert.javascript_bundle(snippet=(HERE / "page.js").read_text(encoding="utf-8")).replace(
-        "</script", "<\\/script"
-    )
     return (
         f'<!doctype html><html lang="en"><head>{head}<title>{title}</title><style>{style}</style></head>'
         f'<body>{"".join(body)}<script id="charts" type="application/json">{data}</script>'
-        f'<script type="module">{script}</script></body></html>\n'
+        f'<script type="module">{_script()}</script></body></html>\n'
     )
+
+
+@cache
+def _script() -> str:
+    """What draws the charts, with all that it needs; bundling takes a second."""
+    own = (HERE / "page.js").read_text(encoding="utf-8")
+    return vl_convert.javascript_bundle(snippet=own).replace("</script", "<\\/script")
 
 
 def _group(folder: StudyFolder, group: Group, runs: Sequence[Standing], charts: list[dict[str, Any]]) -> str:

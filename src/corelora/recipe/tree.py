@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,8 @@ from corelora.errors import CoreLoraError, nearest, raise_all
 Part = TypeVar("Part")
 
 
-class Loader(yaml.SafeLoader):
-    """YAML's safe loader, for which 2e-4 is a number, as in YAML 1.2; PyYAML by itself takes it for a text."""
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML's safe loader, in C where PyYAML has it. 2e-4 is a number, as in YAML 1.2, which PyYAML takes for a text."""
 
 
 def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -135,8 +136,7 @@ def read_tree(kind: type[Part], data: Mapping[str, Any], where: str = "") -> tup
 
 def _read_parts(kind: type[Part], data: Mapping[str, Any], where: str) -> tuple[Part | None, list[str]]:
     """The same, what is wrong left out of the object; None where it can't be made without."""
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     found = [_unknown(where + str(key), str(key), fields) for key in data if key not in fields]
     values: dict[str, Any] = {}
     for name, f in fields.items():
@@ -161,6 +161,9 @@ def _read_parts(kind: type[Part], data: Mapping[str, Any], where: str) -> tuple[
     own = getattr(built, "problems", None)
     outside = [f"{where}{p}" for p in own()] if own and not found else []
     return (None if outside else built), found + outside
+
+
+_hints = cache(typing.get_type_hints)
 
 
 def _switch(value: Any, choices: Sequence[str] | None) -> Any:
