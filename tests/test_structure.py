@@ -39,7 +39,7 @@ LAYERS = [
     ["kernels", "convert", "stats", "gradients"],
     ["card"],
     ["config"],
-    ["folding"],
+    ["folding", "fusing"],
     ["loading"],
     ["tuner_layer"],
     ["checks", "combine", "fold"],

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from corelora.adapter import CoreAdapter, Factors
 from corelora.errors import CoreLoraError
 from corelora.folding import Foldable, before_load, fold_again, unfolded_state
-from corelora.kernels.fast import fast_forward, fits, pays, suits, wanted
+from corelora.fusing import Fusable
+from corelora.kernels.fast import fast_forward, wanted
 from corelora.kernels.form import FormMaker
 from corelora.layers import view_of
 from corelora.loading import after_load, check_fingerprint, filled_by_file
@@ -25,7 +26,7 @@ SLOTS = ("A", "core", "core_a", "core_b", "core2_a", "core2_b", "B")
 PREFIX = "corelora_"
 
 
-class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
+class CoreLoraLayer(Foldable, Fusable, nn.Module, BaseTunerLayer):
     """A base layer with adapters: y = base(x) + sum over active adapters of scale * path(x).
 
     Attributes:
@@ -313,38 +314,6 @@ class CoreLoraLayer(Foldable, nn.Module, BaseTunerLayer):
         for name in active:
             result = result + self.adapter_output(name, x).to(result.dtype)
         return result
-
-    def forget_forms(self) -> None:
-        """Drop what the fused path keeps between forward passes: values that it was made from have changed."""
-        self._makers.clear()
-
-    def form_maker(self, x: Tensor) -> FormMaker | None:
-        """What the fused operation needs for this forward pass (kernels/fast.py), None where it does not apply.
-
-        Runs in every forward pass of every layer, where the host must keep ahead of a GPU: attributes are read from
-        where they are, past properties and nn.Module.__getattr__.
-        """
-        base = self._modules["base_layer"]
-        if self._disable_adapters or self.merged_adapters or base is None or not fits(base, x):
-            return None
-        active = self._mine()
-        if len(active) != 1:
-            return None
-        name = active[0]
-        if name in self.unchecked:  # now, not on the reference path: the first pass is to be as the second
-            self.complete(name)
-        # A compiler would compile twice, for layers without a maker and for those with one, and a maker would keep
-        # tensors of its graphs: while it looks, makers are of the moment.
-        keeps, scale = not torch.compiler.is_compiling(), self.scaling[name]
-        maker = self._makers.get(name) if keeps else None
-        if maker is None or maker.scale != scale:
-            core = self.cores[name]
-            if not suits(self.view, base, core):
-                return None
-            maker = FormMaker(core, self.factors(name), scale)
-            if keeps:
-                self._makers[name] = maker
-        return None if (self.training and maker.drops) or not pays(x, maker) else maker
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Moves and casts make new tensors: what the fused path keeps is made from old ones; a fold is made anew."""

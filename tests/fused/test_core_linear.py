@@ -327,17 +327,56 @@ def test_compiled_once(method):
 
 
 @pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "nora"])
-def test_compiled_code_keeps_no_tensor(method):
-    """With CUDA graphs (mode reduce-overhead) what a graph makes is written over by its next launch."""
+def test_compiled_code_keeps_no_tensor(method, monkeypatch):
+    """With CUDA graphs (mode reduce-overhead) what a graph makes is written over by its next launch: what makers keep
+    is made before the compiler looks."""
     torch._dynamo.reset()
     layer = _layer(method, "default", {}, torch.float32)
+    made, prepare = [], FormMaker.prepare
+
+    def kept(maker):
+        return [value for value in vars(maker).values() if isinstance(value, torch.Tensor)]
+
+    def prepared(maker):
+        prepare(maker)
+        made.extend(kept(maker))
+
+    monkeypatch.setattr(FormMaker, "prepare", prepared)
     set_fast("on")
     x = torch.randn(4, 37, requires_grad=True)
     torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
-    assert not layer._makers
-    y = layer(x)  # eager passes keep theirs
-    assert layer._makers
-    assert torch.isfinite(y).all()
+    [maker] = layer._makers.values()
+    assert made or method in ("slora", "nora")
+    assert [id(t) for t in kept(maker)] == [id(t) for t in made]
+    assert torch.isfinite(layer(x)).all()
+    assert list(layer._makers.values()) == [maker]
+
+
+@pytest.mark.parametrize("method", ["slora", "nlora", "inttune", "nora"])
+def test_compiled_code_follows_changes(method):
+    """Another scale, other values and another type: compiled code computes what the layer has become."""
+    torch._dynamo.reset()
+    layer, other = (_layer(method, "default", {}, torch.float32) for _ in range(2))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.01)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 37)
+
+    def check():
+        set_fast("on")
+        found, before = compiled(x), set_fast("off")
+        _close(found, layer(x), x.dtype)
+        set_fast(before)
+
+    check()
+    layer.set_scale("default", 0.5)
+    check()
+    layer.load_state_dict(other.state_dict())
+    check()
+    layer.double()
+    x = x.double()
+    check()
 
 
 def test_outside_of_transforms_the_function_is_applied_directly():

@@ -155,6 +155,12 @@ class FormMaker:
         C = self.middle[0]._parameters["weight"]
         return Form(R, L, C, self.middle[1]._parameters["weight"] if len(self.middle) == 2 else None, self)
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make what is kept between forward passes."""
+        form = self.make()
+        self.expand(form.C, form.D)
+
     def expand(self, C: Tensor | None, D: Tensor | None) -> Tensor | None:
         """G[q,p] from the cores of a form."""
         if not self.is_direct or C is None:
