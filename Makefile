@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Files are compiled as they are first imported; to compile all that is installed would take longer than to install it.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
 # Two workers fill two cores: more threads in each would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:cacheprovider --timeout 600

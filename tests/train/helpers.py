@@ -135,10 +135,11 @@ def surround_runs(monkeypatch: Any, folder: Path) -> None:
     """What runs keep goes to a cache in `folder`; they load quietly, and those of this process draw no loss.png.
 
     To draw it would take a fifth of a short run. test_run.py looks at one that a run has drawn, test_progress.py at
-    what is drawn of rows; runs in processes of their own draw theirs.
+    what is drawn of rows; runs in processes of their own draw theirs. Nor is garbage collected before each run begins.
     """
     monkeypatch.setenv("CORELORA_CACHE", str(folder / "cache"))
     monkeypatch.setattr("corelora.train.run.loss_curve", lambda rows, path, title: None)
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda garbage_collection=False: None)
     transformers.utils.logging.disable_progress_bar()
 
 
