@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -78,3 +80,40 @@ def test_nothing_branches_where_nothing_is_recorded():
     assert (found, calls) == ([1, 2], [1, 2])
     assert branches.set_branches(False)
     assert not branches.set_branches(True)
+
+
+class Recorder:
+    """Streams that write down who waits for whom, and which call was launched where."""
+
+    def __init__(self, name: str, log: list[tuple[str, ...]]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Recorder) -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_streams_wait_before_and_after(count, monkeypatch):
+    """Results in the order of the calls; no stream begins before what came earlier, none is left behind."""
+    log: list[tuple[str, ...]] = []
+    streams = [Recorder(f"side {n}", log) for n in range(branches.STREAMS)]
+    now = [Recorder("here", log)]
+
+    @contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(branches, "branches", lambda like: True)
+    monkeypatch.setattr(branches, "_stream", lambda device, n: streams[n])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    calls = [lambda n=n: log.append((now[-1].name, "runs", str(n))) or n for n in range(count)]
+    assert branches.at_once(calls, torch.ones(1)) == list(range(count))
+    used = [s.name for s in streams[: count - 1]]
+    ran = [entry for entry in log if entry[1] == "runs"]
+    assert ran[0] == ("here", "runs", "0")
+    assert {name for name, *_ in ran[1:]} == set(used)
+    assert log[: len(used)] == [(name, "waits for", "here") for name in used]
+    assert log[-len(used) :] == [("here", "waits for", name) for name in used]

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
+STREAMS = 3  # beside the current one; the matrix library keeps a workspace for each
 _allowed = True
 
 
@@ -47,11 +49,11 @@ def at_once(calls: Sequence[Callable[[], Any]], like: Tensor, *, alone: bool = F
     if alone or len(calls) < 2 or not branches(like):
         return [call() for call in calls]
     here = torch.cuda.current_stream(like.device)
-    others = [_stream(like.device, n) for n in range(1, len(calls))]
+    others = [_stream(like.device, n) for n in range(min(STREAMS, len(calls) - 1))]
     for other in others:
         other.wait_stream(here)
     made = [calls[0]()]
-    for call, other in zip(calls[1:], others, strict=True):
+    for call, other in zip(calls[1:], cycle(others), strict=False):
         with torch.cuda.stream(other):
             made.append(call())
     for other in others:
