@@ -96,12 +96,11 @@ def test_humaneval_gold_and_wrong():
 @pytest.mark.slow
 @needs_sandbox
 def test_mbpp_gold_and_wrong():
-    """Every fourth of the 974 reference solutions passes, and 367 and 927, whose set-up needs the program's class."""
-    every = rows("mbpp.jsonl")
-    assert len(every) == 974
-    found = [r for n, r in enumerate(every) if n % 4 == 0 or r["task_id"] in (367, 927)]
+    """All 974 reference solutions pass, 367 and 927 (whose set-up needs the program's class) among them."""
+    found = rows("mbpp.jsonl")
+    assert len(found) == 974
     gold = run_programs([mbpp_program(r, r["code"]) for r in found], LIMITS)
     assert [r["task_id"] for r, o in zip(found, gold, strict=True) if not o.passed] == []
-    part = every[::20]
+    part = found[::10]
     wrong = run_programs([mbpp_program(r, "" if n % 2 else "x = 1") for n, r in enumerate(part)], LIMITS)
     assert [r["task_id"] for r, o in zip(part, wrong, strict=True) if o.passed] == []
