@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch import Tensor
+from turns import in_turns
 
-TOKENS, TURNS, PRODUCTS = 4096, 6, 10
+TOKENS = 4096
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 BLOCKS = (2, 3, 4)
 ROW_TILE, COLUMN_TILE = 128, 256  # of a large product on this GPU: a block is a multiple
@@ -44,12 +44,7 @@ def measure(o: int, i: int, trans: bool, q: int) -> dict[str, float]:
         variants[f"rows{n}"] = lambda n=n: in_rows(x, F, L, Wt, n)  # type: ignore[misc]
     for n in BLOCKS:
         variants[f"cols{n}"] = lambda n=n: in_columns(x, F, L, Wt, n)  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(TURNS + 1):
-        for name, work in variants.items():
-            took = timed(work)
-            times[name] += [took] if turn else []  # the first turn chooses kernels
-    return {name: round(median(values), 1) for name, values in times.items()}
+    return in_turns(variants)
 
 
 def in_rows(x: Tensor, F: Tensor, L: Tensor, Wt: Tensor, count: int) -> Tensor:
@@ -75,17 +70,6 @@ def blocks(length: int, count: int, tile: int) -> list[slice]:
     """About `count` parts of a side, each a multiple of the tile."""
     step = -(-length // (count * tile)) * tile
     return [slice(begin, begin + step) for begin in range(0, length, step)]
-
-
-def timed(work: Callable[[], Tensor]) -> float:
-    """Microseconds of one of several products."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(PRODUCTS):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / PRODUCTS * 1000
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from turns import in_turns
 
 from corelora import CoreLoraConfig
-from corelora.kernels.branches import set_branches
+from corelora.kernels import branches
 
-TURNS, PLAYS = 6, 10
 HIDDEN, INNER = 4096, 11008
 GROUPS = {
     "q k v": (HIDDEN, (HIDDEN,) * 3),
@@ -65,15 +65,10 @@ def measure(method: str, i: int, widths: tuple[int, ...], tokens: int) -> dict[s
     plays = {f"base {name}": play for name, play in recorded(base, x, dys).items()}
     config = CoreLoraConfig(method=method, r=128, target_modules="all-linear", stats="weight", init_weights=False)
     model = get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model
-    for branches in (False, True):
-        set_branches(branches)
-        label = "branches" if branches else "one stream"
-        plays |= {f"{label} {name}": play for name, play in recorded(model, x, dys).items()}
-    times: dict[str, list[float]] = {name: [] for name in plays}
-    for _ in range(TURNS):
-        for name, play in plays.items():
-            times[name].append(timed(play))
-    return {name: round(median(values), 1) for name, values in times.items()}
+    for label, streams in {"one stream": 0, "branches": branches.STREAMS}.items():
+        with patch.object(branches, "STREAMS", streams):
+            plays |= {f"{label} {name}": play for name, play in recorded(model, x, dys).items()}
+    return in_turns(plays)
 
 
 def recorded(model: nn.Module, x: Tensor, dys: list[Tensor]) -> dict[str, Callable[[], None]]:
@@ -105,18 +100,6 @@ def graph_of(work: Callable[[], Any]) -> Callable[[], None]:
         graph.replay()
 
     return play
-
-
-def timed(play: Callable[[], None]) -> float:
-    """Microseconds of one of several plays."""
-    play()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(PLAYS):
-        play()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / PLAYS * 1000
 
 
 if __name__ == "__main__":

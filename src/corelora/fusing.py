@@ -35,28 +35,26 @@ class Fusable:
             self.complete(name)
         if torch.compiler.is_compiling():
             self._prepare(name)
-        maker: FormMaker | None = self._makers.get(name)
-        if maker is None or maker.scale != self.scaling[name]:
-            maker = self._make_maker(name)
+        maker: FormMaker | None = self._maker(name)
         return None if maker is None or (self.training and maker.drops) or not pays(x, maker) else maker
 
-    def _make_maker(self: Any, name: str) -> FormMaker | None:
-        core = self.cores[name]
-        if not suits(self.view, self._modules["base_layer"], core):
-            return None
-        maker = self._makers[name] = FormMaker(core, self.factors(name), self.scaling[name])
+    def _maker(self: Any, name: str) -> FormMaker | None:
+        """Kept, or made anew for another scale."""
+        maker: FormMaker | None = self._makers.get(name)
+        if maker is None or maker.scale != self.scaling[name]:
+            core = self.cores[name]
+            if not suits(self.view, self._modules["base_layer"], core):
+                return None
+            maker = self._makers[name] = FormMaker(core, self.factors(name), self.scaling[name])
         return maker
 
     @torch.compiler.assume_constant_result
-    def _prepare(self: Any, name: str) -> bool:
+    def _prepare(self: Any, name: str) -> None:
         """Runs while a compiler looks at the layer, which then finds a maker with all that makers keep.
 
         It would walk through the making of one step by step, and compile twice: for layers without a maker and for
         those with one. And the maker would keep tensors of its graphs.
         """
-        maker = self._makers.get(name)
-        if maker is None or maker.scale != self.scaling[name]:
-            maker = self._make_maker(name)
+        maker = self._maker(name)
         if maker is not None:
             maker.prepare()
-        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,8 +79,16 @@ def test_nothing_branches_where_nothing_is_recorded():
     calls = []
     found = branches.at_once([lambda: calls.append(1) or 1, lambda: calls.append(2) or 2], torch.ones(1))
     assert (found, calls) == ([1, 2], [1, 2])
-    assert branches.set_branches(False)
-    assert not branches.set_branches(True)
+
+
+def test_only_what_is_recorded_branches_and_without_streams_nothing(monkeypatch):
+    on_a_gpu = SimpleNamespace(is_cuda=True)
+    for recording in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recording=recording: recording)
+        assert branches.branches(on_a_gpu) == recording
+        assert not branches.branches(torch.ones(1))
+    monkeypatch.setattr(branches, "STREAMS", 0)
+    assert not branches.branches(on_a_gpu)
 
 
 class Recorder:

@@ -16,24 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STREAMS = 3  # beside the current one; the matrix library keeps a workspace for each
-_allowed = True
-
-
-def set_branches(allowed: bool) -> bool:
-    """Whether recorded graphs may branch. For measurements.
-
-    Returns:
-        What was set before.
-    """
-    global _allowed
-    before, _allowed = _allowed, allowed
-    return before
+STREAMS = 3  # beside the current one, 0: no branches; the matrix library keeps a workspace for each
 
 
 def branches(like: Tensor) -> bool:
     """Whether the work on a tensor's device is being recorded, and may branch."""
-    return _allowed and like.is_cuda and torch.cuda.is_current_stream_capturing()
+    return STREAMS > 0 and like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def at_once(calls: Sequence[Callable[[], Any]], like: Tensor, *, alone: bool = False) -> list[Any]:

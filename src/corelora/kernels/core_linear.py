@@ -76,26 +76,41 @@ def run_backward(
     R, L, chain = _narrow(saved.R, saved.L, saved.chain, dy.dtype)
     read, write = read_side(R, layout), write_side(L, layout)
     small = Small(tuple([matrix.t() for matrix in reversed(chain)]), layout.scale)
-    start = partial(torch.mm, flat, write.rows(W.t()).t())
-    again = partial(_writing_features, saved, chain) if needs[2] and saved.L is not None else nothing
-    if not needs[0]:  # the first layer: no input gradient, only the factors'
-        out, features, F = None, through(start(), small.chain), again()
-        rest = [call() for call in _others(flat, saved, needs, features, F)]
-    elif not branches(flat) or choose_order(W.shape[1], W.shape[0], write, read, flat) is Order.AFTER:
-        out, features = apply_form(flat, W.t(), None, write, read, small)
-        rest = [call() for call in _others(flat, saved, needs, features, again())]
+    if needs[0] and branches(flat) and choose_order(W.shape[1], W.shape[0], write, read, flat) is Order.BEFORE:
+        out, rest, features = _in_branches(flat, saved, needs, chain, read, write, small)
     else:
-        edited = edits(flat, read, bool(chain), W.shape[1])
-        V, F = at_once([start, again], flat)
-        features = [V]
-        if chain and (read.stored is not None or not edited):
-            features = through(V, small.chain)
-            small.F = features[-1]
-        main = partial(write_form, flat, W.t(), None, V, read, small)
-        others = _others(flat, saved, needs, features, F)
-        (out, _), *rest = at_once([main, *others], flat, alone=edited and needs[2])
+        if needs[0]:
+            out, features = apply_form(flat, W.t(), None, write, read, small)
+        else:  # the first layer: no input gradient, only the factors'
+            out, features = None, through(flat @ write.rows(W.t()).t(), small.chain)
+        F = _writing_features(saved, chain, needs)
+        rest = [gradient() for gradient in _others(flat, saved, needs, features, F)]
     dx = out if out is None or dy.dim() == 2 else out.view(*dy.shape[:-1], W.shape[1])
     return [dx, *rest], features
+
+
+def _in_branches(
+    dy: Tensor,
+    saved: Saved,
+    needs: tuple[bool, ...] | list[bool],
+    chain: Chain,
+    read: Side,
+    write: Side,
+    small: Small,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
+    """(dx[T,i], [dR, dL, dG], features), with what waits for nothing of one another beside each other."""
+    W = saved.W
+    edited = edits(dy, read, bool(chain), W.shape[1])
+    start, again = lambda: dy @ write.rows(W.t()).t(), partial(_writing_features, saved, chain, needs)
+    V, F = at_once([start, again], dy)
+    features = [V]
+    if chain and (read.stored is not None or not edited):  # else an edit applies G itself
+        features = through(V, small.chain)
+        small.F = features[-1]
+    main = partial(write_form, dy, W.t(), None, V, read, small)
+    # An edit of dy is there until the base product has read it.
+    (dx, _), *rest = at_once([main, *_others(dy, saved, needs, features, F)], dy, alone=edited and needs[2])
+    return dx, rest, features
 
 
 def _others(
@@ -115,9 +130,10 @@ def _others(
     return calls
 
 
-def _writing_features(saved: Saved, chain: Chain) -> Tensor:
-    """F[T,n] of the n columns of L."""
-    assert saved.L is not None
+def _writing_features(saved: Saved, chain: Chain, needs: tuple[bool, ...] | list[bool]) -> Tensor | None:
+    """F[T,n] of the n columns of L, where L learns."""
+    if not needs[2] or saved.L is None:
+        return None
     n, kept = saved.L.shape[1], saved.features
     return kept[-1][:, :n] if saved.has_F else through(kept[0], _rows_of(chain, n))[-1][:, :n]
 

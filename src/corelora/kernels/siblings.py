@@ -49,15 +49,16 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     if stack is not None:
         for m, F in zip(members, stack.forward(), strict=True):
             m.small.F = F
-    count = _edited_columns(x, members, writes)
+    by_edit = [edits(x, write, bool(m.small.chain), m.W.shape[0]) for m, write in zip(members, writes, strict=True)]
+    count = _edited_columns(writes, by_edit)
     held = None if count is None else hold_columns(x, count)
     calls = [
         partial(write_form, x, m.W, m.bias, U, write, m.small, held)
         for m, write, U in zip(members, writes, split_features(thin, team.widths), strict=True)
     ]
-    ahead = [m for m, write in zip(members[1:], writes[1:], strict=True) if not _edits(x, m, write, m.W.shape[0])]
-    if stack is None or not branches(x):
-        ahead = []
+    ahead = []
+    if stack is not None and branches(x):
+        ahead = [m for m, edit in zip(members[1:], by_edit[1:], strict=True) if not edit]
     # The adapters' own products write much and compute little: beside the first base product.
     first, *starts = at_once([calls[0], *(partial(_start, m) for m in ahead)], x)
     for m, y in zip(ahead, starts, strict=True):
@@ -91,12 +92,9 @@ def _some_apart(
     return ys, features
 
 
-def _edited_columns(x: Tensor, members: Sequence[Member], writes: Sequence[Side]) -> int | None:
-    """How many leading columns of x all members edit; None where they don't all edit the same ones."""
-    counts = {
-        write.count if write.index is None and _edits(x, m, write, m.W.shape[0]) else 0
-        for m, write in zip(members, writes, strict=True)
-    }
+def _edited_columns(writes: Sequence[Side], by_edit: Sequence[bool]) -> int | None:
+    """How many leading columns of the input all members edit; None where they don't all edit the same ones."""
+    counts = {w.count if w.index is None and edit else 0 for w, edit in zip(writes, by_edit, strict=True)}
     return counts.pop() or None if len(counts) == 1 else None
 
 
@@ -120,7 +118,7 @@ def backward_all(
     """
     found = _features_of(dys, team, features)
     # An edit of a dy is there until the base product has read it.
-    edited = any(_edits_back(dy, m) and m.wants_L is not None for dy, m in zip(dys, team.members, strict=True))
+    edited = any(edit and m.wants_L is not None for edit, m in zip(found.by_edit, team.members, strict=True))
     calls: list[Callable[[], Any]] = [
         partial(_input_gradient, dys, team, found) if needs_x else nothing,
         partial(_reading_gradient, team.members, found, x),
@@ -140,6 +138,7 @@ class _Features:
         F: U G^T [T,q] where they were made together for the gradients of L.
         V: [T,q], of the output's gradient.
         H: V G [T,p]; None where nothing is done with it but one edit, which applies G itself.
+        by_edit: whether a slice that reads writes its part of dx by an edit of the output's gradient.
         whole: H of all side by side, where it was made so.
         stack: of the group, if it has one.
     """
@@ -148,6 +147,7 @@ class _Features:
     F: Sequence[Tensor | None]
     V: Sequence[Tensor]
     H: Sequence[Tensor | None]
+    by_edit: Sequence[bool]
     whole: Tensor | None
     stack: Stack | None
 
@@ -162,24 +162,19 @@ def _features_of(dys: Sequence[Tensor], team: Team, features: Sequence[Tensor]) 
         partial(torch.mm, dy, write_side(m.L, m.layout).rows(m.W.t()).t(), out=place)
         for dy, m, place in zip(dys, members, places, strict=True)
     ]
-    again = stack is not None and any(m.wants_L for m in members)
-    *V, F = at_once([*starts, stack.forward if stack is not None and again else nothing], dys[0])
+    again = stack.forward if stack is not None and any(m.wants_L for m in members) else nothing
+    *V, F = at_once([*starts, again], dys[0])
     F = [None] * len(members) if F is None else F
+    by_edit = [
+        edits(dy, read_side(m.R, m.layout), bool(m.small.chain), m.W.shape[1])
+        for dy, m in zip(dys, members, strict=True)
+    ]
     plain = [m.R is not None or not m.layout.rows or not m.small.chain for m in members]
     if stack is not None and all(plain):
         whole = stack.backward()
-        return _Features(U, F, V, split_features(whole, team.widths), whole, stack)
+        return _Features(U, F, V, split_features(whole, team.widths), by_edit, whole, stack)
     H = [_thick(v, m) if more else None for v, m, more in zip(V, members, plain, strict=True)]
-    return _Features(U, F, V, H, None, stack)
-
-
-def _edits(x: Tensor, m: Member, write: Side, width: int) -> bool:
-    """Whether a slice writes its part of an output of this width by an edit of x; backward, x is dy."""
-    return edits(x, write, bool(m.small.chain), width)
-
-
-def _edits_back(dy: Tensor, m: Member) -> bool:
-    return _edits(dy, m, read_side(m.R, m.layout), m.W.shape[1])
+    return _Features(U, F, V, H, by_edit, None, stack)
 
 
 def _thick(V: Tensor, m: Member) -> Tensor:
@@ -193,9 +188,8 @@ def _input_gradient(dys: Sequence[Tensor], team: Team, found: _Features) -> Tens
     members = team.members
     columns, rows = [], []
     edited: list[tuple[Tensor, Tensor | None] | None] = []
-    for dy, m, v, H in zip(dys, members, found.V, found.H, strict=True):
+    for m, v, H, by_edit in zip(members, found.V, found.H, found.by_edit, strict=True):
         read = read_side(m.R, m.layout)
-        by_edit = _edits_back(dy, m)
         if H is None and by_edit:
             edited.append((v, m.small.chain[0].t()))
             continue
