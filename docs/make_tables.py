@@ -17,7 +17,7 @@ from typing import Any
 import figures
 from default_tables import defaults
 from key_tables import keys, recipe_parts, table
-from step_tables import compiled_runs, fsdp2, host, profile, step_again, step_together
+from step_tables import branches, compiled_runs, fsdp2, host, profile, step_again, step_together
 from study_tables import dtd, known_answers, known_runs, minilm, rates, study
 
 import corelora
@@ -245,6 +245,7 @@ TABLES = {
     "step-together": step_together,
     "compiled-h200": bench("step", "compiled-h200.jsonl"),
     "compiled-runs": compiled_runs,
+    "branches": branches,
     "step-unit": bench("step", "step-h200-unit.jsonl"),
     "profile-compiled": profile("profile-compiled-h200.json"),
     "profile-graphs": profile("profile-graphs-h200.json"),
@@ -252,6 +253,7 @@ TABLES = {
     "fsdp2": fsdp2,
     "dtd": dtd,
     "init-h200": bench("init", "init-h200.jsonl"),
+    "init-h200-unit": bench("init", "init-h200-unit.jsonl"),
     "minilm": minilm,
     "gsm8k-rates": rates(["LoRA", "NLoRA"]),
     "known-answers": known_answers("smollm2-gsm8k/methods"),
@@ -260,6 +262,8 @@ TABLES = {
     "known-inttune": known_runs("smollm2-gsm8k/inttune"),
     "known-nora": known_runs("smollm2-gsm8k/nora"),
     "known-arc-easy": known_runs("smollm2-tasks/arc-easy"),
+    "known-boolq": known_runs("smollm2-tasks/boolq"),
+    "known-obqa": known_runs("smollm2-tasks/obqa"),
     "defaults": defaults,
     "graphs": graphs,
     "blocks": blocks,

@@ -42,7 +42,8 @@ def step_together() -> str:
 def compiled_runs() -> str:
     """What several compiled runs have over their base, and the part of PEFT LoRA's excess that it is."""
     runs = []
-    for name in ("compiled-h200-first", "compiled-h200-again", "compiled-h200"):
+    names = ("compiled-h200-first", "compiled-h200-again", "compiled-h200-joined", "compiled-h200")
+    for name in names:
         lines = figures.lines(f"{name}.jsonl")
         visits, found = lines[0]["request"], [line for line in lines if line["kind"] == "result"]
         runs.append((visits, {r["name"]: r["ratio"] - 1 for r in found if r["name"] != "base"}))
@@ -52,7 +53,20 @@ def compiled_runs() -> str:
         cells = [f"{figures.shown(excess, '.1%')} ({figures.shown(part, '.0%')})" for excess, part in parts]
         rows.append([find_peer(name).title, *cells])
     header = [f"{v['rounds']} visits of {v['steps']} steps" for v, _ in runs]
+    header[-1] += ", with branches"
     return table(["over the base (of PEFT LoRA's excess)", *header], rows)
+
+
+def branches() -> str:
+    """What a recorded layer takes over its base, both passes, without branches and with them."""
+    rows: dict[str, list[str]] = {}
+    sums: dict[str, list[float]] = {}
+    for line in figures.lines("branches-h200.jsonl"):
+        over = [line[f"{way} both"] - line["base both"] for way in ("one stream", "branches")]
+        rows.setdefault(line["layers"], []).append(" to ".join(f"{v:.0f}" for v in over))
+        sums[line["method"]] = [a + b for a, b in zip(sums.get(line["method"], [0.0, 0.0]), over, strict=True)]
+    rows["all of a block"] = [" to ".join(f"{v:.0f}" for v in both) for both in sums.values()]
+    return table(["layers", *(METHODS[name].title for name in sums)], [[name, *cells] for name, cells in rows.items()])
 
 
 def profile(name: str) -> Callable[[], str]:
