@@ -5,7 +5,7 @@ docs/defaults.yaml lists the defaults, and the studies, groups and settings that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from key_tables import table
 from study_tables import known_study, rated
 
 from corelora.compare.leaders import Leader, noise_of
-from corelora.compare.tables import group_leaders
+from corelora.compare.tables import led_groups
 
 LIST = Path(__file__).resolve().parent / "defaults.yaml"
 
@@ -45,11 +45,11 @@ def _rows(entry: dict[str, Any]) -> Iterator[list[str]]:
 def _leaders(study: str) -> dict[str, tuple[str, bool, dict[str, Leader]]]:
     """(score, whether lower is better, leaders with runs by their setting's values) of a study's groups by name."""
     with known_study(study) as folder:
-        groups = [(group, *folder.study.score_of(group)) for group in folder.study.groups]
-        standings = folder.standings()
-        found = {g.name: [x for x in group_leaders(folder, g, standings[g.name]) if x.scores] for g, _, _ in groups}
-    named = {name: {", ".join(v for _, v in x.setting): x for x in leaders} for name, leaders in found.items()}
-    return {group.name: (score, lower, named[group.name]) for group, score, lower in groups}
+        return {g.name: (*folder.study.score_of(g), _by_setting(found)) for g, _, found in led_groups(folder)}
+
+
+def _by_setting(found: Sequence[Leader]) -> dict[str, Leader]:
+    return {", ".join(value for _, value in leader.setting): leader for leader in found if leader.scores}
 
 
 def _reading(own: Leader, other: Leader, lower: bool) -> str:

@@ -18,7 +18,7 @@ from corelora.compare.known import take_known
 from corelora.compare.leaders import Leader
 from corelora.compare.session import start_study
 from corelora.compare.standing import Standing
-from corelora.compare.tables import answer_rows, group_leaders, leader_rows
+from corelora.compare.tables import answer_rows, leader_rows, led_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import studies
@@ -38,8 +38,7 @@ def known_study(name: str) -> Iterator[StudyFolder]:
 def dtd() -> str:
     """Few-shot runs on textures, each beside the head alone with the same seed, and so the same pictures."""
     with known_study("dtd-efficientnet") as folder:
-        groups = zip(folder.study.groups, folder.standings().values(), strict=True)
-        leaders = {group.name: group_leaders(folder, group, runs) for group, runs in groups}
+        leaders = {group.name: found for group, _, found in led_groups(folder)}
     whole = {name: found for name, found in leaders.items() if all(len(x.scores) > 1 for x in found)}
     parts = [f"{name}:\n\n{_beside_head(found)}" for name, found in whole.items()]
     best, head = _scores(leaders["16 shots, strong crops"], "nora"), _scores(leaders["16 shots"], "head")
@@ -78,9 +77,8 @@ def known_runs(name: str) -> Callable[[], str]:
     def made() -> str:
         with known_study(name) as folder:
             parts = []
-            for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
-                found = [x for x in group_leaders(folder, group, runs) if x.runs or x.failed]
-                if found:
+            for group, _, every in led_groups(folder):
+                if found := [x for x in every if x.runs or x.failed]:
                     parts.append(f"{group.name}:\n\n" + table(*leader_rows(folder, group, found)))
         return "\n\n".join(parts)
 
@@ -122,7 +120,7 @@ def minilm() -> str:
     tasks = figures.read("glue-majority.json")["tasks"]
     for task, about in tasks.items():
         with known_study(f"minilm-glue/{task}") as folder:
-            found = group_leaders(folder, folder.study.groups[0], next(iter(folder.standings().values())))
+            _, _, found = next(led_groups(folder))
         columns[task] = {"most frequent class": f"{about['majority']:.3f}"}
         columns[task] |= {dict(x.setting)["method"]: rated(x, 3) for x in found if x.scores}
     methods = dict.fromkeys(name for column in columns.values() for name in column)

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
 from corelora.compare.known import keep_runs
+from corelora.compare.leaders import Leader
 from corelora.compare.standing import Standing, each_once
 from corelora.compare.study import Group
-from corelora.compare.tables import answer_rows, csv_text, failures, group_leaders, leader_rows, markdown, summary
+from corelora.compare.tables import answer_rows, csv_text, failures, leader_rows, led_groups, markdown, summary
 from corelora.train.folder import write_text
 
 HERE = Path(__file__).parent
@@ -42,16 +43,15 @@ def report_study(folder: StudyFolder) -> list[Path]:
 def page_html(folder: StudyFolder) -> str:
     """The whole page."""
     charts: list[dict[str, Any]] = []
-    standings = folder.standings()
-    groups = list(zip(folder.study.groups, standings.values(), strict=True))
-    bar = tqdm(groups, desc="report", unit="group", delay=2, leave=False)
-    sections = [_group(folder, group, runs, charts) for group, runs in bar]
-    everything = each_once(standings)
+    groups = folder.study.groups
+    bar = tqdm(led_groups(folder), total=len(groups), desc="report", unit="group", delay=2, leave=False)
+    sections = [_group(folder, *led, charts) for led in bar]
+    everything = each_once(folder.standings())
     body = [
         f"<h1>{_text(folder.root.name)}</h1><p>{_text(folder.study.about)}</p>",
         f"<p>{_text(summary(everything))}</p>",
         _questions(folder),
-        "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g, _ in groups) + "</nav>",
+        "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g in groups) + "</nav>",
         *sections,
         _failed(everything),
         _versions(folder, everything),
@@ -74,10 +74,16 @@ def _script() -> str:
     return vl_convert.javascript_bundle(snippet=own).replace("</script", "<\\/script")
 
 
-def _group(folder: StudyFolder, group: Group, runs: Sequence[Standing], charts: list[dict[str, Any]]) -> str:
+def _group(
+    folder: StudyFolder,
+    group: Group,
+    runs: Sequence[Standing],
+    found: Sequence[Leader],
+    charts: list[dict[str, Any]],
+) -> str:
     score, lower = folder.study.score_of(group)
     parts = [f'<h2 id="{_anchor(group)}">{_text(group.name)}</h2><p>{_text(group.about)}</p>']
-    parts.append(_table(*leader_rows(folder, group, group_leaders(folder, group, runs))))
+    parts.append(_table(*leader_rows(folder, group, found)))
     for title, chart in group_charts(group, runs, score, lower).items():
         parts.append(f'<h3>{_text(title)}</h3><div class="chart" data-chart="{len(charts)}"></div>')
         charts.append(chart.to_dict())

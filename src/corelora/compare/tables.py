@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,16 +19,10 @@ from corelora.plan_memory import GIB
 SAME = "≈"  # marks settings whose distance from the best is within noise
 
 
-def group_leaders(folder: StudyFolder, group: Group, runs: Sequence[Standing]) -> list[Leader]:
-    """Who leads a group.
-
-    Args:
-        folder: the study's.
-        group: one of its groups.
-        runs: of that group.
-    """
-    score, lower = folder.study.score_of(group)
-    return leaders(group, runs, score, lower)
+def led_groups(folder: StudyFolder) -> Iterator[tuple[Group, Sequence[Standing], list[Leader]]]:
+    """Every group of a study, in its order: the group, its runs, and who leads it, best first."""
+    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+        yield group, runs, leaders(group, runs, *folder.study.score_of(group))
 
 
 def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> tuple[list[str], list[list[str]]]:
@@ -65,22 +59,18 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
 def leaders_text(folder: StudyFolder) -> str:
     """Every group's table, and the answers, for a terminal."""
     parts = []
-    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
-        headers, rows = leader_rows(folder, group, group_leaders(folder, group, runs))
-        parts.append(f"{group.name}\n{_aligned(headers, rows)}")
+    for group, _, found in led_groups(folder):
+        parts.append(f"{group.name}\n{_aligned(*leader_rows(folder, group, found))}")
     parts += [f"{a.ask} {a.verdict}\n  {a.figures}" for a in answers(folder)]
     return "\n\n".join(parts)
 
 
 def answers(folder: StudyFolder) -> list[Answer]:
     """What the runs say to the study's questions, in their order."""
-    standings, study = folder.standings(), folder.study
-    found = []
-    for question in study.questions:
-        group = study.group_of(question)
-        settings = group_leaders(folder, group, standings[group.name])
-        found.append(answer(question, settings, study.score_of(group)[1]))
-    return found
+    study = folder.study
+    settings = {group.name: found for group, _, found in led_groups(folder)} if study.questions else {}
+    asked = [(question, study.group_of(question)) for question in study.questions]
+    return [answer(question, settings[group.name], study.score_of(group)[1]) for question, group in asked]
 
 
 def answer_rows(folder: StudyFolder) -> tuple[list[str], list[list[str]]]:
@@ -90,14 +80,12 @@ def answer_rows(folder: StudyFolder) -> tuple[list[str], list[list[str]]]:
 
 def markdown(folder: StudyFolder) -> str:
     """The study in Markdown: what was run, every group's table, failed runs and why, the command."""
-    standings = folder.standings()
-    everything = each_once(standings)
+    everything = each_once(folder.standings())
     parts = [f"# {folder.root.name}", folder.study.about, summary(everything)]
     if folder.study.questions:
         parts += ["## Questions", _markdown_table(*answer_rows(folder))]
-    for group, runs in zip(folder.study.groups, standings.values(), strict=True):
-        table = _markdown_table(*leader_rows(folder, group, group_leaders(folder, group, runs)))
-        parts += [f"## {group.name}", group.about, table]
+    for group, _, found in led_groups(folder):
+        parts += [f"## {group.name}", group.about, _markdown_table(*leader_rows(folder, group, found))]
     if failed := failures(everything):
         said = (f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed)
         parts += ["## Failed runs", "\n".join(said)]
@@ -163,10 +151,10 @@ def csv_text(folder: StudyFolder) -> str:
 def study_data(folder: StudyFolder) -> dict[str, Any]:
     """Leaders of every group and every run's figures, as `--json` prints them and docs/results keeps them."""
     groups = []
-    for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
+    for group, _, found in led_groups(folder):
         score, lower = folder.study.score_of(group)
-        found = [_leader_data(leader) for leader in group_leaders(folder, group, runs)]
-        groups.append({"name": group.name, "score": score, "lower_is_better": lower, "leaders": found})
+        data = [_leader_data(leader) for leader in found]
+        groups.append({"name": group.name, "score": score, "lower_is_better": lower, "leaders": data})
     made = [s.results for runs in folder.standings().values() for s in runs if s.results]
     versions: dict[str, Any] = next((r["versions"] for r in made if "versions" in r), {})
     rows = [{k: v for k, v in row.items() if v != ""} for row in run_rows(folder)]
