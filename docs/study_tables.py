@@ -72,13 +72,17 @@ def _beside_head(found: Sequence[Leader]) -> str:
 
 
 def known_runs(name: str) -> Callable[[], str]:
-    """The leaders of a study's groups by its runs in docs/results/known, which need not be all of them."""
+    """The leaders of a study's groups by its runs in docs/results/known, which need not be all of them.
+
+    A group of which there is one setting so far compares nothing and is left out.
+    """
 
     def made() -> str:
         with known_study(name) as folder:
             parts = []
             for group, _, every in led_groups(folder):
-                if found := [x for x in every if x.runs or x.failed]:
+                found = [x for x in every if x.runs or x.failed]
+                if len(found) > 1:
                     parts.append(f"{group.name}:\n\n" + table(*leader_rows(folder, group, found)))
         return "\n\n".join(parts)
 

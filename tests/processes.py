@@ -200,6 +200,8 @@ def become(told: dict[str, Any]) -> NoReturn:
 
 def run_and_exit(words: Sequence[str]) -> NoReturn:
     """Run a script or a module as python does, and end with its exit code."""
+    # After a fork torch makes its thread pool anew when it is next set: two threads that do so at once can find none.
+    sys.modules["torch"].set_num_threads(1)
     code: Any = 1
     try:
         run_words(words)
