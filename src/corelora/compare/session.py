@@ -18,7 +18,7 @@ from corelora.compare.known import keep_runs
 from corelora.compare.pool import Pool, Task
 from corelora.compare.standing import FAILED, Standing, stand
 from corelora.compare.study import Finalists, Group, load_study
-from corelora.compare.work import Work
+from corelora.compare.work import Work, tidy_trained
 from corelora.errors import CoreLoraError, raise_all
 from corelora.train.dry_run import check
 from corelora.train.lock import locked
@@ -71,6 +71,7 @@ class Session:
             Whether the study is whole; one that is cut into shards may wait for the others.
         """
         self.folder.save()
+        tidy_trained(self.root)
         self._make(self._first_runs)
         if any(s.state == "missing" for group in self.study.groups for s in self.folder.asked(group)):
             return False

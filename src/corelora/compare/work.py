@@ -106,6 +106,20 @@ def child(work: Work, place: Place, alive: Connection) -> None:
         sys.exit(1)
 
 
+def tidy_trained(root: Path) -> None:
+    """Remove the checkpoints of runs with results: a process can be killed between the two.
+
+    Args:
+        root: the study's folder.
+    """
+    for results in root.glob("runs/*/results.json"):
+        _tidy(results.parent)
+
+
+def _tidy(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
 def _do(work: Work, threads: int) -> None:
     # Here: the study's own process never needs them, and a GPU must be chosen before they look for one.
     import torch
@@ -115,7 +129,7 @@ def _do(work: Work, threads: int) -> None:
     torch.set_num_threads(threads)
     if not (work.folder / "results.json").is_file():
         train(work.recipe, work.folder)
-        shutil.rmtree(work.folder / "checkpoints", ignore_errors=True)
+        _tidy(work.folder)
     if work.left_updates:
         from corelora.compare.updates import measure_updates
 
