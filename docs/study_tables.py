@@ -94,7 +94,7 @@ def known_answers(name: str) -> Callable[[], str]:
 
     def made() -> str:
         with known_study(name) as folder:
-            return table(*answer_rows(folder))
+            return table(*answer_rows(folder, led_groups(folder)))
 
     return made
 

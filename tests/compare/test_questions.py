@@ -8,7 +8,7 @@ from compare.helpers import opened, pretend
 from corelora.compare.page import page_html
 from corelora.compare.questions import NO, NOISE, OPEN, YES
 from corelora.compare.session import Options, Session
-from corelora.compare.tables import answers, leaders_text, markdown, study_data
+from corelora.compare.tables import answers, leaders_text, led_groups, markdown, study_data
 from corelora.errors import CoreLoraError
 
 GROUP = {
@@ -38,6 +38,10 @@ def study_of(folder, tmp_path, questions, losses, spread=0.001, groups=(GROUP,),
     return study
 
 
+def answers_of(study):
+    return answers(study, led_groups(study))
+
+
 def rates(*values):
     return dict(zip(("0.0001", "0.001", "0.01"), values, strict=True))
 
@@ -63,7 +67,7 @@ def test_each_claim(folder, tmp_path, claim, gap, verdict):
     """By the means at each one's own best rate, and what three seeds alone make of them."""
     losses = {"lora": rates(0.9, 0.5, 0.8), "nlora": rates(0.5 + gap, 0.7, 0.7)}
     study = study_of(folder, tmp_path, [asked(**claim)], losses)
-    (found,) = answers(study)
+    (found,) = answers_of(study)
     assert found.verdict == verdict
     assert f"nlora {0.501 + gap:.4f} ± 0.0010 (3 seeds, lr 0.0001)" in found.figures
     assert f"difference {gap:+.4f}" in found.figures
@@ -72,25 +76,25 @@ def test_each_claim(folder, tmp_path, claim, gap, verdict):
 def test_highest_is_best_turns_better_around(folder, tmp_path):
     losses = {"lora": rates(0.5, 0.5, 0.5), "nlora": rates(0.6, 0.5, 0.5)}
     study = study_of(folder, tmp_path, [asked("better")], losses, groups=[{**GROUP, "best": "highest"}])
-    assert answers(study)[0].verdict == YES
+    assert answers_of(study)[0].verdict == YES
 
 
 def test_wider_rates(folder, tmp_path):
     """Within 1 % of its own best: all three rates against two; the other way round it is no."""
     losses = {"lora": rates(0.9, 0.5, 0.501), "nlora": rates(0.6, 0.601, 0.602)}
     both = [asked("wider_rates"), asked("wider_rates", LORA, NLORA), asked("wider_rates", NLORA, {"method": "lora"})]
-    found = answers(study_of(folder, tmp_path, both, losses))
+    found = answers_of(study_of(folder, tmp_path, both, losses))
     assert [a.verdict for a in found] == [YES, NO, YES]
     assert found[0].figures == "nlora 0.0001 to 0.01 (x100); lora 0.001 to 0.01 (x10)"
 
 
 def test_seeds_that_are_missing_leave_it_open(folder, tmp_path):
     losses = {"lora": rates(0.9, 0.5, 0.8), "nlora": rates(0.4, 0.7, 0.7)}
-    (found,) = answers(study_of(folder, tmp_path, [asked("better")], losses, finals=False))
+    (found,) = answers_of(study_of(folder, tmp_path, [asked("better")], losses, finals=False))
     assert found.verdict == OPEN
     assert "too few seeds" in found.figures
     study = opened(tmp_path / "empty", folder, [GROUP], questions=[asked("better"), asked("wider_rates")])
-    assert [a.verdict for a in answers(study)] == [OPEN, OPEN]
+    assert [a.verdict for a in answers_of(study)] == [OPEN, OPEN]
 
 
 def test_everywhere_that_a_reader_looks(folder, tmp_path):

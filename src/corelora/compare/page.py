@@ -16,9 +16,19 @@ from corelora.compare.charts import group_charts
 from corelora.compare.folder import StudyFolder
 from corelora.compare.known import keep_runs
 from corelora.compare.leaders import Leader
-from corelora.compare.standing import Standing, each_once
+from corelora.compare.standing import Standing
 from corelora.compare.study import Group
-from corelora.compare.tables import answer_rows, csv_text, failures, leader_rows, led_groups, markdown, summary
+from corelora.compare.tables import (
+    Led,
+    answer_rows,
+    csv_text,
+    failures,
+    leader_rows,
+    led_groups,
+    markdown,
+    runs_of,
+    summary,
+)
 from corelora.train.folder import write_text
 
 HERE = Path(__file__).parent
@@ -43,15 +53,15 @@ def report_study(folder: StudyFolder) -> list[Path]:
 def page_html(folder: StudyFolder) -> str:
     """The whole page."""
     charts: list[dict[str, Any]] = []
-    groups = folder.study.groups
-    bar = tqdm(led_groups(folder), total=len(groups), desc="report", unit="group", delay=2, leave=False)
-    sections = [_group(folder, *led, charts) for led in bar]
-    everything = each_once(folder.standings())
+    led = list(led_groups(folder))
+    bar = tqdm(led, desc="report", unit="group", delay=2, leave=False)
+    sections = [_group(folder, *one, charts) for one in bar]
+    everything = runs_of(led)
     body = [
         f"<h1>{_text(folder.root.name)}</h1><p>{_text(folder.study.about)}</p>",
         f"<p>{_text(summary(everything))}</p>",
-        _questions(folder),
-        "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g in groups) + "</nav>",
+        _questions(folder, led),
+        "<nav>" + "".join(f'<a href="#{_anchor(g)}">{_text(g.name)}</a>' for g in folder.study.groups) + "</nav>",
         *sections,
         _failed(everything),
         _versions(folder, everything),
@@ -90,8 +100,8 @@ def _group(
     return "".join(parts)
 
 
-def _questions(folder: StudyFolder) -> str:
-    return f"<h2>Questions</h2>{_table(*answer_rows(folder))}" if folder.study.questions else ""
+def _questions(folder: StudyFolder, led: Sequence[Led]) -> str:
+    return f"<h2>Questions</h2>{_table(*answer_rows(folder, led))}" if folder.study.questions else ""
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

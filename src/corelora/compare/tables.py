@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,10 +19,18 @@ from corelora.plan_memory import GIB
 SAME = "≈"  # marks settings whose distance from the best is within noise
 
 
-def led_groups(folder: StudyFolder) -> Iterator[tuple[Group, Sequence[Standing], list[Leader]]]:
+Led = tuple[Group, Sequence[Standing], list[Leader]]
+
+
+def led_groups(folder: StudyFolder) -> Iterator[Led]:
     """Every group of a study, in its order: the group, its runs, and who leads it, best first."""
     for group, runs in zip(folder.study.groups, folder.standings().values(), strict=True):
         yield group, runs, leaders(group, runs, *folder.study.score_of(group))
+
+
+def runs_of(led: Iterable[Led]) -> list[Standing]:
+    """The runs of groups, each once."""
+    return each_once({group.name: runs for group, runs, _ in led})
 
 
 def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> tuple[list[str], list[list[str]]]:
@@ -58,33 +66,42 @@ def leader_rows(folder: StudyFolder, group: Group, found: Sequence[Leader]) -> t
 
 def leaders_text(folder: StudyFolder) -> str:
     """Every group's table, and the answers, for a terminal."""
-    parts = []
-    for group, _, found in led_groups(folder):
-        parts.append(f"{group.name}\n{_aligned(*leader_rows(folder, group, found))}")
-    parts += [f"{a.ask} {a.verdict}\n  {a.figures}" for a in answers(folder)]
+    led = list(led_groups(folder))
+    parts = [f"{group.name}\n{_aligned(*leader_rows(folder, group, found))}" for group, _, found in led]
+    parts += [f"{a.ask} {a.verdict}\n  {a.figures}" for a in answers(folder, led)]
     return "\n\n".join(parts)
 
 
-def answers(folder: StudyFolder) -> list[Answer]:
-    """What the runs say to the study's questions, in their order."""
-    study = folder.study
-    settings = {group.name: found for group, _, found in led_groups(folder)} if study.questions else {}
+def answers(folder: StudyFolder, led: Iterable[Led]) -> list[Answer]:
+    """What the runs say to the study's questions, in their order.
+
+    Args:
+        folder: the study's.
+        led: its groups.
+    """
+    study, settings = folder.study, {group.name: found for group, _, found in led}
     asked = [(question, study.group_of(question)) for question in study.questions]
     return [answer(question, settings[group.name], study.score_of(group)[1]) for question, group in asked]
 
 
-def answer_rows(folder: StudyFolder) -> tuple[list[str], list[list[str]]]:
-    """(headers, rows as text) of the answers."""
-    return ["question", "answer", "figures"], [[a.ask, a.verdict, a.figures] for a in answers(folder)]
+def answer_rows(folder: StudyFolder, led: Iterable[Led]) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows as text) of the answers.
+
+    Args:
+        folder: the study's.
+        led: its groups.
+    """
+    return ["question", "answer", "figures"], [[a.ask, a.verdict, a.figures] for a in answers(folder, led)]
 
 
 def markdown(folder: StudyFolder) -> str:
     """The study in Markdown: what was run, every group's table, failed runs and why, the command."""
-    everything = each_once(folder.standings())
+    led = list(led_groups(folder))
+    everything = runs_of(led)
     parts = [f"# {folder.root.name}", folder.study.about, summary(everything)]
     if folder.study.questions:
-        parts += ["## Questions", _markdown_table(*answer_rows(folder))]
-    for group, _, found in led_groups(folder):
+        parts += ["## Questions", _markdown_table(*answer_rows(folder, led))]
+    for group, _, found in led:
         parts += [f"## {group.name}", group.about, _markdown_table(*leader_rows(folder, group, found))]
     if failed := failures(everything):
         said = (f"- {setting}: {error.splitlines()[0]} (`{name}`)" for setting, name, error in failed)
@@ -150,15 +167,15 @@ def csv_text(folder: StudyFolder) -> str:
 
 def study_data(folder: StudyFolder) -> dict[str, Any]:
     """Leaders of every group and every run's figures, as `--json` prints them and docs/results keeps them."""
-    groups = []
-    for group, _, found in led_groups(folder):
+    groups, led = [], list(led_groups(folder))
+    for group, _, found in led:
         score, lower = folder.study.score_of(group)
         data = [_leader_data(leader) for leader in found]
         groups.append({"name": group.name, "score": score, "lower_is_better": lower, "leaders": data})
-    made = [s.results for runs in folder.standings().values() for s in runs if s.results]
+    made = [s.results for _, runs, _ in led for s in runs if s.results]
     versions: dict[str, Any] = next((r["versions"] for r in made if "versions" in r), {})
     rows = [{k: v for k, v in row.items() if v != ""} for row in run_rows(folder)]
-    said = [asdict(a) for a in answers(folder)]
+    said = [asdict(a) for a in answers(folder, led)]
     return {"about": folder.study.about, "questions": said, "groups": groups, "runs": rows, "versions": versions}
 
 
