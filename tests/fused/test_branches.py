@@ -101,9 +101,9 @@ class Recorder:
         self.log.append((self.name, "waits for", other.name))
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 7])
-def test_streams_wait_before_and_after(count, monkeypatch):
-    """Results in the order of the calls; no stream begins before what came earlier, none is left behind."""
+@pytest.fixture
+def side(monkeypatch):
+    """(log, streams beside the current one, which one work is launched on now)."""
     log: list[tuple[str, ...]] = []
     streams = [Recorder(f"side {n}", log) for n in range(branches.STREAMS)]
     now = [Recorder("here", log)]
@@ -111,13 +111,22 @@ def test_streams_wait_before_and_after(count, monkeypatch):
     @contextmanager
     def on(stream):
         now.append(stream)
-        yield
-        now.pop()
+        try:
+            yield
+        finally:
+            now.pop()
 
     monkeypatch.setattr(branches, "branches", lambda like: True)
     monkeypatch.setattr(branches, "_stream", lambda device, n: streams[n])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
     monkeypatch.setattr(torch.cuda, "stream", on)
+    return log, streams, now
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_streams_wait_before_and_after(count, side):
+    """Results in the order of the calls; no stream begins before what came earlier, none is left behind."""
+    log, streams, now = side
     calls = [lambda n=n: log.append((now[-1].name, "runs", str(n))) or n for n in range(count)]
     assert branches.at_once(calls, torch.ones(1)) == list(range(count))
     used = [s.name for s in streams[: count - 1]]
@@ -126,3 +135,16 @@ def test_streams_wait_before_and_after(count, monkeypatch):
     assert {name for name, *_ in ran[1:]} == set(used)
     assert log[: len(used)] == [(name, "waits for", "here") for name in used]
     assert log[-len(used) :] == [("here", "waits for", name) for name in used]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_streams_are_joined_where_a_call_fails(bad, side):
+    """What failed is what is told: a recording could not be ended with work on another stream."""
+    log, streams, _ = side
+
+    def fail():
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        branches.at_once([fail if n == bad else branches.nothing for n in range(3)], torch.ones(1))
+    assert log[-2:] == [("here", "waits for", stream.name) for stream in streams[:2]]

@@ -191,6 +191,31 @@ def test_a_step_that_cannot_be_recorded_names_the_way_out(folder, tmp_path, reco
         train(make_recipe(folder, loop={"graphs": "on"}), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [(torch.OutOfMemoryError("no room"), "no room"), (RuntimeError("no such op"), r"can't be recorded \(no such op\)")],
+)
+def test_what_broke_a_recording_off_is_told(first, told):
+    """Ending a recording that was broken off fails with words of its own."""
+
+    class Broken:
+        def run(self, function):
+            return function()
+
+        def record(self, function):
+            try:
+                raise first
+            finally:
+                raise RuntimeError("CUDA error: capturing stream has unjoined work")
+
+    model = nn.Linear(3, 3)
+    made = StepGraphs(model, Broken())
+    made(passes_of(model), batch(2, 0), None, 1)
+    expected = type(first) if isinstance(first, torch.OutOfMemoryError) else CoreLoraError
+    with pytest.raises(expected, match=told):
+        made(passes_of(model), batch(2, 0), None, 1)
+
+
 def test_a_batch_with_more_than_tensors_is_refused():
     with pytest.raises(CoreLoraError, match=r"more than tensors \(names\)"):
         StepGraphs(nn.Linear(1, 1), Replayed())(lambda b, i: torch.ones(()), {"names": ["a"]}, None, 1)

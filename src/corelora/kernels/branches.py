@@ -27,7 +27,9 @@ def branches(like: Tensor) -> bool:
 def at_once(calls: Sequence[Callable[[], Any]], like: Tensor, *, alone: bool = False) -> list[Any]:
     """The result of each call.
 
-    What one of the streams frees is safe from the others: each fork waits for all that came before it.
+    What one of the streams frees is safe from the others: each fork waits for all that came before it. Where a call
+    fails, the streams are joined all the same: a recording that ends with work on another stream would report that, and
+    not what failed.
 
     Args:
         calls: the first is what will be waited for longest.
@@ -40,12 +42,14 @@ def at_once(calls: Sequence[Callable[[], Any]], like: Tensor, *, alone: bool = F
     others = [_stream(like.device, n) for n in range(min(STREAMS, len(calls) - 1))]
     for other in others:
         other.wait_stream(here)
-    made = [calls[0]()]
-    for call, other in zip(calls[1:], cycle(others), strict=False):
-        with torch.cuda.stream(other):
-            made.append(call())
-    for other in others:
-        here.wait_stream(other)
+    try:
+        made = [calls[0]()]
+        for call, other in zip(calls[1:], cycle(others), strict=False):
+            with torch.cuda.stream(other):
+                made.append(call())
+    finally:
+        for other in others:
+            here.wait_stream(other)
     return made
 
 

@@ -139,10 +139,11 @@ class StepGraphs:
         try:
             run = self.recorder.record(lambda: passes(inputs, own_items))
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            cause = _first_of(error)
+            if is_out_of_memory(cause):
+                raise cause  # noqa: B904 (it came first)
             raise CoreLoraError(
-                f"loop.graphs: a step of this model can't be recorded ({str(error).splitlines()[0]}). "
+                f"loop.graphs: a step of this model can't be recorded ({str(cause).splitlines()[0]}). "
                 "Leave it out: --set loop.graphs=off"
             ) from error
         return Recorded(inputs, own_items, run, [p.grad for p in self.parameters] if makes else None)
@@ -193,6 +194,13 @@ def graph_problems(recipe: Recipe) -> list[str]:
         "not with model.quantize": recipe.model.quantize is not None,
     }
     return [f"loop.graphs: {text}; leave it out." for text, stands in found.items() if stands]
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """What failed before a recording that it broke off could not be ended, either."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error
 
 
 def _tensor(name: str, value: Any) -> Tensor:
