@@ -138,6 +138,22 @@ def test_scaled_slices_leave_the_starting_product_unchanged(scale):
     near(B @ value(layer, "core") @ A, W[:, :R] @ W[:R, :R] @ W[:R, :], 10.0)
 
 
+def test_a_nearly_singular_slice_in_bfloat16():
+    """What rounding leaves of its transform would be longer than 1: weak directions stay weak."""
+    n = 48
+    torch.manual_seed(5)
+    left, right = (torch.linalg.qr(torch.randn(n, n).double()).Q for _ in range(2))
+    net = Net()
+    net.layer = nn.Linear(n, n, bias=False, dtype=torch.bfloat16)
+    net.layer.weight.data = ((left * torch.logspace(0, -6, n).double()) @ right).bfloat16()
+    conf = CoreLoraConfig(method="inttune", slice_scale="orthonormal", r=n, target_modules=["layer"])
+    layer = get_peft_model(net, conf, autocast_adapter_dtype=False).base_model.model.layer
+    change = torch.linalg.qr(torch.randn(n, n)).Q.bfloat16()
+    layer.factors("default")["core"].weight.data = change
+    stretched = torch.linalg.svdvals(part(layer, torch.eye(n, dtype=torch.bfloat16)).double())
+    assert 0.5 < stretched[0] < 1.3
+
+
 def algorithm_1(W: Tensor, d: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """(A, B) of the NoRA paper's Algorithm 1: SVD of W S; B = U_r Sigma_r, A = V_r^T S^-1."""
     U, sigma, Vh = torch.linalg.svd(W @ torch.diag(d), full_matrices=False)

@@ -340,11 +340,17 @@ def pseudo_inverse(core: Tensor, rtol: float | None) -> Tensor:
     return ((Vh.T * inverse) @ U.T).to(core.dtype)
 
 
+# Of a slice's largest singular value. A transform in bfloat16, whose numbers are 2^-8 apart, can't make weaker ones
+# orthonormal: what rounding leaves of the strong directions would be as large.
+_WEAKEST = 2.0**-8
+
+
 def slice_transform(rows: Tensor, scale: str) -> tuple[Tensor | None, Tensor | None]:
     """What makes the rows of a slice[r,i] unit or orthonormal, and its inverse: ([r] or [r,r], the same) or Nones.
 
     `orthonormal` is the symmetric inverse root (Y Y^T)^(-1/2): unlike QR or SVD it is continuous in the slice and has
-    no sign to choose, so that it can be made again from the base weight at load.
+    no sign to choose, so that it can be made again from the base weight at load. Directions weaker than `_WEAKEST` of
+    the strongest are made stronger only as much as that one is: a square slice of a real weight is nearly singular.
     """
     if scale == "none":
         return None, None
@@ -353,7 +359,7 @@ def slice_transform(rows: Tensor, scale: str) -> tuple[Tensor | None, Tensor | N
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         return 1 / norm, norm
     values, vectors = torch.linalg.eigh(rows.double() @ rows.double().T)
-    root = values.clamp(min=1e-10 * float(values[-1].clamp(min=1e-30))).sqrt()
+    root = values.clamp(min=_WEAKEST**2 * float(values[-1].clamp(min=1e-30))).sqrt()
     transform = (vectors / root) @ vectors.T
     inverse = (vectors * root) @ vectors.T
     return transform.to(rows.dtype), inverse.to(rows.dtype)
