@@ -42,7 +42,8 @@ def step_together() -> str:
 def compiled_runs() -> str:
     """What several compiled runs have over their base, and the part of PEFT LoRA's excess that it is."""
     runs = []
-    names = ("compiled-h200-first", "compiled-h200-again", "compiled-h200-joined", "compiled-h200")
+    ends = ("-first", "-again", "-joined", "-branches", "")
+    names = [f"compiled-h200{end}" for end in ends]
     for name in names:
         lines = figures.lines(f"{name}.jsonl")
         visits, found = lines[0]["request"], [line for line in lines if line["kind"] == "result"]
@@ -53,7 +54,8 @@ def compiled_runs() -> str:
         cells = [f"{figures.shown(excess, '.1%')} ({figures.shown(part, '.0%')})" for excess, part in parts]
         rows.append([find_peer(name).title, *cells])
     header = [f"{v['rounds']} visits of {v['steps']} steps" for v, _ in runs]
-    header[-1] += ", with branches"
+    header[-2] += ", with branches"
+    header[-1] += ", with branches, each round in another order"
     return table(["over the base (of PEFT LoRA's excess)", *header], rows)
 
 

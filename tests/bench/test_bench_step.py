@@ -119,6 +119,27 @@ def test_a_step_trains():
     assert moved == learning
 
 
+def test_nothing_is_measured_at_zero():
+    """Products with zeros draw less power: what starts at zero is filled, by the same numbers in every process."""
+    made, again = bench(names=("peft_lora", "slora")), bench(names=("peft_lora", "slora"))
+    for one, two in zip(made.variants, again.variants, strict=True):
+        learning = [p for p in one.model.parameters() if p.requires_grad]
+        assert all(p.any() for p in learning)
+        assert all(torch.equal(a, b) for a, b in zip(one.own, two.own, strict=True))
+
+
+def test_every_round_has_an_order_of_its_own():
+    """All are visited once a round and batch; none always follows the same one."""
+    made = bench(names=("peft_lora", "slora", "nora", "inttune"), batches=(1, 2), rounds=6)
+    orders = {}
+    for turn, batch, variant in made._visits():
+        orders.setdefault((turn, batch), []).append(variant.name)
+    assert len(orders) == 12
+    assert all(sorted(order) == sorted(v.name for v in made.variants) for order in orders.values())
+    before = {name: {o[o.index(name) - 1] for o in orders.values() if o[0] != name} for name in orders[0, 1]}
+    assert all(len(names) > 1 for names in before.values())
+
+
 def test_paths_are_what_they_say(monkeypatch):
     """NAME takes the fused path in every adapted layer, NAME:reference in none, and the mode is put back."""
     calls, mode = [], fast._mode

@@ -1,13 +1,14 @@
 """Time and memory of a training step, side by side: `corelora bench step`.
 
-All variants live in one process around one frozen model and are visited in interleaved rounds, so that a
-drift of the machine's clock falls on all of them. What a variant trains waits on the CPU between its visits, so that
-peak memory is that of one variant alone. Ratios are to the frozen base that passes gradients to its input, in the same
-run.
+All variants live in one process around one frozen model and are visited in interleaved rounds, each in an order of its
+own, so that a drift of the machine's clock falls on all of them and none always follows the same neighbour. What a
+variant trains waits on the CPU between its visits, so that peak memory is that of one variant alone. Ratios are to the
+frozen base that passes gradients to its input, in the same run.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ MODES = {"off": (False,), "on": (True,), "both": (False, True)}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 RECORDED = ("reduce-overhead", "max-autotune")  # those with CUDA graphs
 RATE = 1e-5
+LEARNT = 1e-3  # standard deviation of what would start at zero
 Cell = tuple[str, bool, int]  # name, compiled, batch
 
 
@@ -215,6 +217,7 @@ class StepBench:
         if compiled:
             model.compile(dynamic=False, mode=request.compile_mode)
         learning = [p for p in model.parameters() if p.requires_grad]
+        _leave_zero(learning)
         optimizer = torch.optim.AdamW(learning, lr=RATE, fused=self.device.is_gpu) if learning else None
         shared = {id(t) for t in (*self.base.parameters(), *self.base.buffers())}
         own = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in shared]
@@ -233,9 +236,7 @@ class StepBench:
         Returns:
             One mapping for each variant and batch, as `results` has them.
         """
-        rounds, batches = range(self.request.rounds), self.request.batches
-        visits = [(turn, batch, variant) for turn in rounds for batch in batches for variant in self.variants]
-        bar = tqdm(visits, desc="measuring", unit="visit", delay=2, leave=False)
+        bar = tqdm(self._visits(), desc="measuring", unit="visit", delay=2, leave=False)
         with bar, _many_compiled(self.request.compile):
             for turn, batch, variant in bar:
                 bar.set_postfix_str(f"{variant.name}, batch {batch}", refresh=False)
@@ -243,6 +244,14 @@ class StepBench:
                 if seen is not None:
                     emit({"kind": "visit", "round": turn, **seen})
         return self.results()
+
+    def _visits(self) -> list[tuple[int, int, Variant]]:
+        """(round, batch, variant) in the order of visits: another one in each round, the same in every process."""
+        visits = []
+        for turn in range(self.request.rounds):
+            order = random.Random(turn).sample(self.variants, len(self.variants))
+            visits += [(turn, batch, variant) for batch in self.request.batches for variant in order]
+        return visits
 
     def _visit(self, variant: Variant, batch: int) -> dict[str, Any] | None:
         """Warm-up and timed steps of one variant; None where it ran out of memory before."""
@@ -284,9 +293,11 @@ class StepBench:
     def results(self) -> list[dict[str, Any]]:
         """What was measured: milliseconds (median, p10, p90), ratios to the base and to PEFT LoRA, peak GiB."""
         found = []
-        variants = {(v.name, v.compiled): v for v in self.variants}
-        for (name, compiled, batch), times in self.times.items():
-            variant, spread = variants[name, compiled], Spread.of(times)
+        cells = [(v, (v.name, v.compiled, batch)) for batch in self.request.batches for v in self.variants]
+        for variant, (name, compiled, batch) in cells:
+            if (name, compiled, batch) not in self.times:
+                continue
+            spread = Spread.of(self.times[name, compiled, batch])
             breaks = None if variant.graph_breaks is None else sum(variant.graph_breaks.values())
             row = {
                 "kind": "result",
@@ -318,6 +329,19 @@ class StepBench:
         model = shown_name(self.request.model)
         request = asdict(self.request) | {"names": list(self.request.all_names), "model": model}
         return {"kind": "run", "bench": "step", "request": request, **self.device.describe()}
+
+
+def _leave_zero(parameters: list[torch.nn.Parameter]) -> None:
+    """Small random numbers where a factor starts at zero, as after some training.
+
+    A GPU that is short of power runs products with zeros, or with the few values of one step of AdamW, at a higher
+    clock: a variant that starts at zero would look faster than it is from the first hundred steps on.
+    """
+    made = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in parameters:
+            if not p.any():
+                p.copy_(LEARNT * torch.randn(p.shape, generator=made))
 
 
 def _many_compiled(mode: str) -> AbstractContextManager:
