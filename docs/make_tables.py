@@ -264,6 +264,8 @@ TABLES = {
     "known-arc-easy": known_runs("smollm2-tasks/arc-easy"),
     "known-boolq": known_runs("smollm2-tasks/boolq"),
     "known-obqa": known_runs("smollm2-tasks/obqa"),
+    "published-smollm2": known_runs("published-rates/smollm2"),
+    "published-minilm": known_runs("published-rates/minilm"),
     "defaults": defaults,
     "graphs": graphs,
     "blocks": blocks,
