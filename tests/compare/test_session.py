@@ -54,6 +54,30 @@ def test_a_finalist_of_two_groups_does_what_both_want(folder, tmp_path):
     assert final.is_done
 
 
+def test_models_stay_only_while_something_is_wanted_of_them(folder, tmp_path):
+    """Those of runs that became no finalists go, and what a killed process left; a finalist's waits for its suite."""
+    asks = {**GROUP, "tune": ["lr"], "finalists": {"seeds": [1], "suites": ["gsm8k"], "protocol": "paper"}}
+    study = opened(tmp_path, folder, [asks])
+    pretend(study, lambda run: run.recipe.optim.lr)
+    pretend(study, lambda run: run.recipe.optim.lr, study.finalists(study.study.groups[0]))
+    finals = {run.folder(study.root) for run in study.finalists(study.study.groups[0])}
+    places = [place for place in (study.root / "runs").iterdir() if (place / "results.json").is_file()]
+    for place in places:
+        (place / "model").mkdir()
+
+    def kept():
+        return {place for place in places if (place / "model").is_dir()}
+
+    Session(study, Options(keep_models=True), print)._drop_models()
+    assert kept() == set(places) > finals
+    Session(study, Options(), print)._drop_models()
+    assert kept() == finals
+    (evaluated := min(finals)).joinpath("eval").mkdir()
+    (evaluated / "eval" / "gsm8k-paper.json").write_text("{}")
+    Session(study, Options(), print)._drop_models()
+    assert kept() == finals - {evaluated}
+
+
 def test_a_suite_counts_as_done_by_its_own_name_and_protocol(folder, tmp_path):
     """Whether the study gives its name or the path of its file; another protocol's result is not what is wanted."""
     own = tmp_path / "mine.yaml"

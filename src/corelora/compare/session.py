@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,7 @@ class Session:
         if any(s.state == "missing" for group in self.study.groups for s in self.folder.asked(group)):
             return False
         self._make(self._final_runs)
+        self._drop_models()
         return all(s.state != "missing" for runs in self.folder.standings().values() for s in runs)
 
     def _first_runs(self) -> list[tuple[Planned, Group | None]]:
@@ -85,6 +87,14 @@ class Session:
     def _final_runs(self) -> list[tuple[Planned, Group | None]]:
         """The finalists' runs, those of the first seeds too: they are evaluated likewise."""
         return [(run, group) for group in self.study.groups for run in self.folder.finalists(group)]
+
+    def _drop_models(self) -> None:
+        """Remove fully fine-tuned models of which nothing more is wanted: of runs that are no finalists, too."""
+        if self.options.keep_models:
+            return
+        for work in self._works([*self._first_runs(), *self._final_runs()]):
+            if work.is_done:
+                shutil.rmtree(work.folder / "model", ignore_errors=True)
 
     def _make(self, wanted: Callable[[], list[tuple[Planned, Group | None]]]) -> None:
         """Make runs, and those that are wanted once some of them have ended."""
