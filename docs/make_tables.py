@@ -18,7 +18,7 @@ import figures
 from default_tables import defaults
 from key_tables import keys, recipe_parts, table
 from step_tables import branches, compiled_runs, fsdp2, host, profile, step_again, step_together
-from study_tables import dtd, known_answers, known_runs, minilm, rates, study
+from study_tables import dtd, known_answers, known_runs, minilm, rates, study, tuned
 
 import corelora
 from corelora.bench.floors import all_shapes, floor
@@ -37,16 +37,6 @@ def methods() -> str:
         m, c = METHODS[name], METHODS[name].default
         rows.append([f"`{name}`", m.title, c.outer, c.core, " ".join(c.train), c.start.replace("_", " "), m.paper])
     return table(["method", "", "outer", "core", "trains", "start", "source"], rows)
-
-
-def early_runs() -> str:
-    """Losses of the first runs on a real model."""
-    data = figures.read("early-runs.json")
-    rows = []
-    for run in data["runs"]:
-        loss = "diverged" if run["test_loss"] is None else f"{run['test_loss']:.3f}"
-        rows.append([run["method"], run["settings"], run["trained"], loss])
-    return f"{data['what']}.\n\n" + table(["method", "settings", "trained", "test loss"], rows)
 
 
 def _lines(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -236,7 +226,7 @@ TABLES = {
     "published-keys": keys(Published),
     "study-tiny": study("study-tiny.json"),
     "methods": methods,
-    "early-runs": early_runs,
+    "tuned": tuned,
     "plan": plan,
     "floors": floors,
     "step": bench("step", "step-h200.jsonl"),

@@ -122,6 +122,21 @@ def _loss(run: Standing) -> str:
     return ("not finite" if run.failed else "-") if loss is None else f"{loss:.4f}"
 
 
+def tuned() -> str:
+    """Every method on GSM8K at its own best rate: what it trains, its loss, and what it took."""
+    with known_study("smollm2-gsm8k/methods") as folder:
+        _, _, found = next(led_groups(folder))
+        seeds = {len(x.scores) for x in found}
+        rows = [[dict(x.setting)["method"], *_took(x)] for x in found]
+    header = ["method", "trained", "test loss (rate)", "loss after a tenth", "peak GiB"]
+    return f"Means and deviations of {' or '.join(map(str, seeds))} seeds.\n\n" + table(header, rows)
+
+
+def _took(leader: Leader) -> list[str]:
+    trained, memory = (leader.average(name) or 0.0 for name in ("trained_parameters", "peak_memory"))
+    return [f"{trained / 1e6:.2f}M", rated(leader, 4), f"{leader.early_loss or 0.0:.3f}", f"{memory / 2**30:.1f}"]
+
+
 def minilm() -> str:
     """MiniLM on five GLUE tasks: each method's score at its best rate, beside the most frequent class."""
     columns: dict[str, dict[str, str]] = {}
