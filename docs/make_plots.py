@@ -93,7 +93,7 @@ def draw_study(source: Path, target: Path, group: int = 0) -> None:
         if leader["scores"]:
             seeds = tuple(SimpleNamespace(run=SimpleNamespace(seed=int(seed))) for seed in leader["scores"])
             setting, scores = tuple(leader["setting"].items()), tuple(leader["scores"].values())
-            found.append(Leader(setting=setting, tuned=(), runs=seeds, scores=scores, failed=0, missing=0, usable=None))
+            found.append(Leader(setting=setting, tuned=(), runs=seeds, scores=scores, failed=0, missing=0, curve=None))
     chart = scores_chart(found, data["score"], data["lower_is_better"])
     chart.properties(width=620, background="white").save(target, scale_factor=1.5)
 

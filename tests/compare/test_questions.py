@@ -85,7 +85,19 @@ def test_wider_rates(folder, tmp_path):
     both = [asked("wider_rates"), asked("wider_rates", LORA, NLORA), asked("wider_rates", NLORA, {"method": "lora"})]
     found = answers_of(study_of(folder, tmp_path, both, losses))
     assert [a.verdict for a in found] == [YES, NO, YES]
-    assert found[0].figures == "nlora 0.0001 to 0.01 (x100); lora 0.001 to 0.01 (x10)"
+    shown = "lora 0.00097 to 0.01 (x10.3), by seeds x10.2 to x10.4"
+    assert found[0].figures == f"nlora 0.0001 to 0.01 (x100), by seeds x100 to x100; {shown}"
+
+
+def test_ranges_that_seeds_make_as_wide_are_within_noise(folder, tmp_path):
+    """The limit moves by the deviation over seeds, and the ends of both ranges with it; one seed says nothing."""
+    losses = {"lora": rates(0.52, 0.5, 0.52), "nlora": rates(0.522, 0.5, 0.522)}
+    (clear,) = answers_of(study_of(folder, tmp_path / "a", [asked("wider_rates", LORA, NLORA)], losses, spread=1e-4))
+    assert clear.verdict == YES
+    (blurred,) = answers_of(study_of(folder, tmp_path / "b", [asked("wider_rates", LORA, NLORA)], losses, spread=2e-3))
+    assert blurred.verdict == NOISE
+    (single,) = answers_of(study_of(folder, tmp_path / "c", [asked("wider_rates")], losses, finals=False))
+    assert (single.verdict, "too few seeds" in single.figures) == (OPEN, True)
 
 
 def test_seeds_that_are_missing_leave_it_open(folder, tmp_path):

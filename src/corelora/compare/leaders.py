@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 from scipy.stats import t as student
 
+from corelora.compare.rates import RateCurve, every_finite
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
 Labels = tuple[tuple[str, str], ...]  # (axis, value), in the study's order
 LOSS = "test_loss"
-NEAR = 0.01  # rates whose loss is within so much of the lowest one are usable
 SURE = 0.95  # a difference that seeds alone make in so many of all cases is noise
 RATES = ("lr", "optim.lr")  # what an axis of learning rates is called
 
@@ -30,8 +30,7 @@ class Leader:
         scores: the deciding figure of each of them.
         failed, missing: runs of the setting, at any tuned value, that failed or whose score is no number, or that are
             still to be made.
-        usable: (lowest, highest) learning rate whose test loss is within 1 % of the lowest, where rates are tuned; by
-            the score where runs have no test loss.
+        curve: test losses over the learning rates, where rates are tuned; scores where runs have no test loss.
         tried: (lowest, highest) learning rate that the study asks for, where there is more than one.
         noise: its distance from the best setting of several seeds is within what seeds alone make; None: too few
             seeds to say.
@@ -43,7 +42,7 @@ class Leader:
     scores: tuple[float, ...]
     failed: int
     missing: int
-    usable: tuple[float, float] | None
+    curve: RateCurve | None
     tried: tuple[float, float] | None = None
     noise: bool | None = None
 
@@ -56,6 +55,11 @@ class Leader:
     def deviation(self) -> float | None:
         """Standard deviation over seeds; None for fewer than two."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def usable(self) -> tuple[float, float] | None:
+        """(lowest, highest) learning rate whose test loss is within 1 % of the lowest one."""
+        return None if self.curve is None else self.curve.usable()
 
     @property
     def name(self) -> str:
@@ -142,7 +146,7 @@ def leader_of(group: Group, runs: Sequence[Standing], score: str, lower: bool) -
         scores=tuple(value for _, value in best),
         failed=sum(run.state == "failed" or _is_lost(run, score) for run in runs),
         missing=sum(run.state == "missing" for run in runs),
-        usable=_usable(group, tuned, values, lower),
+        curve=_curve(group, tuned, values, score, lower),
         tried=_tried(group, runs),
     )
 
@@ -165,12 +169,12 @@ def _first(runs: Sequence[tuple[Standing, float]], seeds: Sequence[int]) -> floa
     return statistics.fmean([v for r, v in runs if r.run.seed in seeds] or [v for _, v in runs])
 
 
-def _usable(
-    group: Group, best: Labels, values: Mapping[Labels, Sequence[tuple[Standing, float]]], lower: bool
-) -> tuple[float, float] | None:
-    """Rates around the one of the lowest test loss, without a gap, whose loss is within 1 % of it.
+def _curve(
+    group: Group, best: Labels, values: Mapping[Labels, Sequence[tuple[Standing, float]]], score: str, lower: bool
+) -> RateCurve | None:
+    """Test losses by rate, the first seeds'; the score, where runs have no test loss.
 
-    By the score, where runs have no test loss. The other tuned values are those of the best score.
+    The other tuned values are those of the best score.
     """
     axis = _rates_of(group)
     if axis is None or not best:
@@ -178,22 +182,10 @@ def _usable(
     others = [pair for pair in best if pair[0] != axis]
     runs = [of_it for tuned, of_it in values.items() if [pair for pair in tuned if pair[0] != axis] == others]
     losses = [[(run, run.figure(LOSS)) for run, _ in of_it] for of_it in runs]
-    if all(loss is not None and math.isfinite(loss) for of_it in losses for _, loss in of_it):
-        runs, lower = [[(run, loss or 0.0) for run, loss in of_it] for of_it in losses], True
-    rates = sorted((of_it[0][0].run.recipe.optim.lr, _first(of_it, group.seeds)) for of_it in runs)
-    at = (min if lower else max)(range(len(rates)), key=lambda n: rates[n][1])
-    near = [is_near(value, rates[at][1]) for _, value in rates]
-    low = high = at
-    while low > 0 and near[low - 1]:
-        low -= 1
-    while high + 1 < len(rates) and near[high + 1]:
-        high += 1
-    return rates[low][0], rates[high][0]
-
-
-def is_near(value: float, best: float) -> bool:
-    """Whether a loss is within 1 % of another."""
-    return abs(value - best) <= NEAR * abs(best)
+    if every_finite([loss for of_it in losses for _, loss in of_it]):
+        runs, score, lower = [[(run, loss or 0.0) for run, loss in of_it] for of_it in losses], LOSS, True
+    points = sorted((of_it[0][0].run.recipe.optim.lr, _first(of_it, group.seeds)) for of_it in runs)
+    return RateCurve(figure=score, points=tuple(points), lower=lower)
 
 
 def _tried(group: Group, runs: Sequence[Standing]) -> tuple[float, float] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from corelora.compare.leaders import Leader, noise_of
+from corelora.compare.rates import width, within
 from corelora.compare.study import Question, label
 
 YES, NOISE, NO, OPEN = "yes", "within noise", "no", "not known yet"
@@ -61,20 +63,38 @@ def _verdict(question: Question, worse: float, reach: float) -> str:
 
 
 def _wider(one: Leader, other: Leader) -> dict[str, str]:
-    """By the ratio of the highest to the lowest usable rate; rates are those of a grid, so equal ones say no."""
-    shown = "; ".join(f"{x.name} {_range(x.usable)}" for x in (one, other))
-    if one.usable is None or other.usable is None:
-        return {"verdict": OPEN, "figures": shown}
-    is_wider = _width(one.usable) > _width(other.usable) * (1 + 1e-9)
-    return {"verdict": YES if is_wider else NO, "figures": shown}
+    """By the ratio of the highest to the lowest usable rate.
+
+    What counts as within 1 % of the best loss moves by the deviation over seeds, and a range's ends with it: ranges
+    whose widths can be either's way round are within noise.
+    """
+    own, its = _widths(one), _widths(other)
+    figures = "; ".join(_range(x, widths) for x, widths in ((one, own), (other, its)))
+    if own is None or its is None:
+        return {"verdict": OPEN, "figures": figures}
+    verdict = YES if own[0] > its[1] else NO if own[1] < its[0] else NOISE
+    return {"verdict": verdict, "figures": figures}
 
 
-def _width(usable: tuple[float, float]) -> float:
-    return usable[1] / usable[0]
+def _widths(leader: Leader) -> tuple[float, float] | None:
+    """The least and the most that the usable range's width can be by the deviation over seeds; None for too few."""
+    curve = leader.curve
+    if curve is None:
+        return None
+    values = [value for run in leader.runs if (value := run.figure(curve.figure)) is not None]
+    if len(values) < 2:
+        return None
+    least, most = (width(curve.usable(way * statistics.stdev(values))) for way in (-1, 1))
+    return least, most
 
 
-def _range(usable: tuple[float, float] | None) -> str:
-    return "no run yet" if usable is None else f"{usable[0]:g} to {usable[1]:g} (x{_width(usable):.3g})"
+def _range(leader: Leader, widths: tuple[float, float] | None) -> str:
+    if leader.usable is None:
+        return f"{leader.name}: no run yet"
+    seeds = "too few seeds to tell it from noise"
+    if widths is not None:
+        seeds = f"by seeds x{widths[0]:.3g} to x{widths[1]:.3g}"
+    return f"{leader.name} {within(leader.usable)}, {seeds}"
 
 
 def _leader(found: Sequence[Leader], given: dict[str, object]) -> Leader:

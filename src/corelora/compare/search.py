@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corelora.compare.leaders import LOSS, Leader, by_setting, is_near, leader_of
+from corelora.compare.leaders import LOSS, Leader, by_setting, leader_of
+from corelora.compare.rates import is_near
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 

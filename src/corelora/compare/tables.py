@@ -12,6 +12,7 @@ from corelora.compare.folder import StudyFolder, distinct
 from corelora.compare.leaders import Labels, Leader, leaders
 from corelora.compare.published import published_columns
 from corelora.compare.questions import Answer, answer
+from corelora.compare.rates import within
 from corelora.compare.standing import Standing, each_once, stand
 from corelora.compare.study import EVALUATED, Group
 from corelora.plan_memory import GIB
@@ -231,7 +232,7 @@ def _usable(leader: Leader) -> str:
         return ""
     low, high = leader.usable
     is_open = leader.tried is not None and (low == leader.tried[0] or high == leader.tried[1])
-    return f"{low:g} to {high:g} (x{high / low:.3g}{' or more' if is_open else ''})" if high > low else f"{low:g}"
+    return within(leader.usable, " or more" if is_open else "")
 
 
 def _shown(labels: Labels) -> str:
