@@ -19,6 +19,7 @@ from corelora.compare.leaders import Leader
 from corelora.compare.session import start_study
 from corelora.compare.standing import Standing
 from corelora.compare.tables import answer_rows, leader_rows, led_groups
+from corelora.plan_memory import GIB
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import studies
@@ -40,8 +41,9 @@ def known_study(name: str) -> Iterator[StudyFolder]:
 def dtd() -> str:
     """Few-shot runs on textures, each beside the head alone with the same seed, and so the same pictures."""
     with known_study("dtd-efficientnet") as folder:
-        leaders = {group.name: found for group, _, found in led_groups(folder)}
-    parts = [f"{name}:\n\n{_beside_head(found)}" for name, found in leaders.items() if "NLoRA" not in name]
+        led = [(group, found) for group, _, found in led_groups(folder)]
+    leaders = {group.name: found for group, found in led}
+    parts = [f"{group.name}:\n\n{_beside_head(found)}" for group, found in led if "method" in group.axes]
     starts = leaders["16 shots, strong crops, NLoRA's start"]
     told = " and ".join(f"{dict(x.setting)['setting']} {rated(x, 4)}" for x in starts)
     parts.append(f"NLoRA's start, 16 shots, strong crops, test accuracy (rate): {told}.")
@@ -134,11 +136,11 @@ def tuned() -> str:
 
 def _took(leader: Leader) -> list[str]:
     trained, memory = (leader.average(name) or 0.0 for name in ("trained_parameters", "peak_memory"))
-    return [f"{trained / 1e6:.2f}M", rated(leader, 4), f"{leader.early_loss or 0.0:.3f}", f"{memory / 2**30:.1f}"]
+    return [f"{trained / 1e6:.2f}M", rated(leader, 4), f"{leader.early_loss or 0.0:.3f}", f"{memory / GIB:.1f}"]
 
 
 def minilm() -> str:
-    """MiniLM on five GLUE tasks: each method's score at its best rate, beside the most frequent class."""
+    """MiniLM on GLUE tasks: each method's score at its best rate, beside the most frequent class."""
     columns: dict[str, dict[str, str]] = {}
     tasks = figures.read("glue-majority.json")["tasks"]
     for task, about in tasks.items():

@@ -125,6 +125,10 @@ class Variant:
     stays: bool = False
     graph_breaks: dict[str, int] | None = None
 
+    def cell(self, batch: int) -> Cell:
+        """Where its figures of a batch size are kept."""
+        return self.name, self.compiled, batch
+
     @property
     def trained(self) -> int:
         """How many numbers learn."""
@@ -255,7 +259,7 @@ class StepBench:
 
     def _visit(self, variant: Variant, batch: int) -> dict[str, Any] | None:
         """Warm-up and timed steps of one variant; None where it ran out of memory before."""
-        cell = (variant.name, variant.compiled, batch)
+        cell = variant.cell(batch)
         label = _label(cell)
         if label in self.left_out:
             return None
@@ -293,10 +297,8 @@ class StepBench:
     def results(self) -> list[dict[str, Any]]:
         """What was measured: milliseconds (median, p10, p90), ratios to the base and to PEFT LoRA, peak GiB."""
         found = []
-        cells = [(v, (v.name, v.compiled, batch)) for batch in self.request.batches for v in self.variants]
-        for variant, (name, compiled, batch) in cells:
-            if (name, compiled, batch) not in self.times:
-                continue
+        cells = [(v, v.cell(batch)) for batch in self.request.batches for v in self.variants]
+        for variant, (name, compiled, batch) in (one for one in cells if one[1] in self.times):
             spread = Spread.of(self.times[name, compiled, batch])
             breaks = None if variant.graph_breaks is None else sum(variant.graph_breaks.values())
             row = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from scipy.stats import t as student
 
-from corelora.compare.rates import RateCurve, every_finite
+from corelora.compare.rates import RateCurve
 from corelora.compare.standing import Standing
 from corelora.compare.study import Group
 
@@ -182,7 +182,7 @@ def _curve(
     others = [pair for pair in best if pair[0] != axis]
     runs = [of_it for tuned, of_it in values.items() if [pair for pair in tuned if pair[0] != axis] == others]
     losses = [[(run, run.figure(LOSS)) for run, _ in of_it] for of_it in runs]
-    if every_finite([loss for of_it in losses for _, loss in of_it]):
+    if all(loss is not None and math.isfinite(loss) for of_it in losses for _, loss in of_it):
         runs, score, lower = [[(run, loss or 0.0) for run, loss in of_it] for of_it in losses], LOSS, True
     points = sorted((of_it[0][0].run.recipe.optim.lr, _first(of_it, group.seeds)) for of_it in runs)
     return RateCurve(figure=score, points=tuple(points), lower=lower)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,16 +32,13 @@ class RateCurve:
         Args:
             widen: how much further from the best a value may be, in units of the figure; negative: less far.
         """
-        worse = [(value - self._best) * (1 if self.lower else -1) for _, value in self.points]
-        at, limit = worse.index(min(worse)), max(NEAR * abs(self._best) + widen, 0.0)
+        best = (min if self.lower else max)(value for _, value in self.points)
+        worse = [abs(value - best) for _, value in self.points]
+        at, limit = worse.index(0.0), max(NEAR * abs(best) + widen, 0.0)
         ends = []
         for outward in (range(at, -1, -1), range(at, len(worse))):
             ends.append(self._end([(self.points[n][0], worse[n]) for n in outward], limit))
         return ends[0], ends[1]
-
-    @property
-    def _best(self) -> float:
-        return (min if self.lower else max)(value for _, value in self.points)
 
     @staticmethod
     def _end(outward: Sequence[tuple[float, float]], limit: float) -> float:
@@ -74,8 +70,3 @@ def within(usable: tuple[float, float], more: str = "") -> str:
     """
     low, high = usable
     return f"{low:.2g} to {high:.2g} (x{width(usable):.3g}{more})" if high > low else f"{low:g}"
-
-
-def every_finite(values: Sequence[float | None]) -> bool:
-    """Whether each is there and a number."""
-    return all(value is not None and math.isfinite(value) for value in values)

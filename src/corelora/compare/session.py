@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from corelora.compare.known import keep_runs
 from corelora.compare.pool import Pool, Task
 from corelora.compare.standing import FAILED, Standing, stand
 from corelora.compare.study import Finalists, Group, load_study
-from corelora.compare.work import Work, tidy_trained
+from corelora.compare.work import Work, drop_model, tidy_trained
 from corelora.errors import CoreLoraError, raise_all
 from corelora.train.dry_run import check
 from corelora.train.lock import locked
@@ -94,7 +93,7 @@ class Session:
             return
         for work in self._works([*self._first_runs(), *self._final_runs()]):
             if work.is_done:
-                shutil.rmtree(work.folder / "model", ignore_errors=True)
+                drop_model(work.folder)
 
     def _make(self, wanted: Callable[[], list[tuple[Planned, Group | None]]]) -> None:
         """Make runs, and those that are wanted once some of them have ended."""

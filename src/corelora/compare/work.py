@@ -120,6 +120,15 @@ def _tidy(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def drop_model(folder: Path) -> None:
+    """Remove a run's fully fine-tuned model, if it has one.
+
+    Args:
+        folder: the run's.
+    """
+    shutil.rmtree(folder / "model", ignore_errors=True)
+
+
 def _do(work: Work, threads: int) -> None:
     # Here: the study's own process never needs them, and a GPU must be chosen before they look for one.
     import torch
@@ -138,7 +147,7 @@ def _do(work: Work, threads: int) -> None:
         if left := work.left_suites(final):
             _evaluate(work, final, left)
     if not work.keep_models:
-        shutil.rmtree(work.folder / "model", ignore_errors=True)
+        drop_model(work.folder)
 
 
 def _evaluate(work: Work, final: Finalists, names: list[str]) -> None:
