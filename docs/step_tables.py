@@ -12,6 +12,7 @@ from corelora.bench.peers import find_peer
 from corelora.registry import METHODS
 
 BOTH = ("apart", "together")
+COMPILED_NAMES = ("slora", "nlora:folded", "nora", "inttune")
 
 
 def step_again() -> str:
@@ -39,24 +40,30 @@ def step_together() -> str:
     return table(["", "apart: times base (ms)", "together: times base (ms)"], rows)
 
 
+# Files of compiled runs, oldest first, and what a run has that those before had not.
+COMPILED = {
+    "-first": "",
+    "-again": "",
+    "-joined": "",
+    "-branches": "branches",
+    "-balanced": "each round in another order",
+    "-second": "the same",
+    "": "the same",
+}
+
+
 def compiled_runs() -> str:
     """What several compiled runs have over their base, and the part of PEFT LoRA's excess that it is."""
-    runs = []
-    ends = ("-first", "-again", "-joined", "-branches", "")
-    names = [f"compiled-h200{end}" for end in ends]
-    for name in names:
-        lines = figures.lines(f"{name}.jsonl")
-        visits, found = lines[0]["request"], [line for line in lines if line["kind"] == "result"]
-        runs.append((visits, {r["name"]: r["ratio"] - 1 for r in found if r["name"] != "base"}))
     rows = []
-    for name in runs[-1][1]:
-        parts = [(over[name], over[name] / over["peft_lora"]) for _, over in runs]
-        cells = [f"{figures.shown(excess, '.1%')} ({figures.shown(part, '.0%')})" for excess, part in parts]
-        rows.append([find_peer(name).title, *cells])
-    header = [f"{v['rounds']} visits of {v['steps']} steps" for v, _ in runs]
-    header[-2] += ", with branches"
-    header[-1] += ", with branches, each round in another order"
-    return table(["over the base (of PEFT LoRA's excess)", *header], rows)
+    for end, new in COMPILED.items():
+        lines = figures.lines(f"compiled-h200{end}.jsonl")
+        over = {line["name"]: line["ratio"] - 1 for line in lines if line["kind"] == "result"}
+        parts = [over[name] / over["peft_lora"] for name in COMPILED_NAMES]
+        cells = [figures.shown(over["peft_lora"], ".1%"), *(figures.shown(part, ".0%") for part in parts)]
+        request = lines[0]["request"]
+        rows.append([f"{request['rounds']} of {request['steps']} steps" + (f"; {new}" if new else ""), *cells])
+    titles = [find_peer(name).title for name in COMPILED_NAMES]
+    return table(["visits", "PEFT LoRA over the base", *(f"{title}, of that" for title in titles)], rows)
 
 
 def branches() -> str:

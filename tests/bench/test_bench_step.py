@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from peft import get_peft_model
 
-from corelora.bench import peers
+from corelora.bench import peers, step
 from corelora.bench.measure import Device, Spread
 from corelora.bench.peers import BASE, PEERS, Ranks, find_peer, fuse_projections, lora_config
 from corelora.bench.published import START_SECONDS, TRAINING_SECONDS, published_ratio
@@ -194,6 +195,15 @@ def test_what_can_not_be_made_is_left_out_with_the_reason():
     assert "exceeds the smaller side" in measured.left_out["nlora"]
     assert "unsloth" in measured.left_out["unsloth"]
     assert [v.name for v in measured.variants] == [BASE, "lora"]
+
+
+def test_no_variant_has_elementwise_kernels_by_luck():
+    """Where something is compiled, inductor doesn't pick forms by a timing; afterwards its settings are as before."""
+    with step._compiling("off"):
+        assert inductor.triton.autotune_pointwise
+    with step._compiling("both"):
+        assert not inductor.triton.autotune_pointwise
+    assert inductor.triton.autotune_pointwise
 
 
 @pytest.mark.slow

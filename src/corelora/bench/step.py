@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -241,7 +241,7 @@ class StepBench:
             One mapping for each variant and batch, as `results` has them.
         """
         bar = tqdm(self._visits(), desc="measuring", unit="visit", delay=2, leave=False)
-        with bar, _many_compiled(self.request.compile):
+        with bar, _compiling(self.request.compile):
             for turn, batch, variant in bar:
                 bar.set_postfix_str(f"{variant.name}, batch {batch}", refresh=False)
                 seen = self._visit(variant, batch)
@@ -346,12 +346,22 @@ def _leave_zero(parameters: list[torch.nn.Parameter]) -> None:
                 p.copy_(LEARNT * torch.randn(p.shape, generator=made))
 
 
-def _many_compiled(mode: str) -> AbstractContextManager:
-    """Room for every variant's compiled code: beyond the eighth, PyTorch would quietly run them uncompiled."""
+@contextmanager
+def _compiling(mode: str) -> Iterator[None]:
+    """How every variant is compiled.
+
+    There is room for all: beyond the eighth, PyTorch would quietly run them uncompiled. And inductor does not time two
+    forms of each elementwise kernel to take the faster: one timing is noise enough that a variant now and then has the
+    slower form of a kernel of the model's own, for the whole run (silu(gate) * up: by a half slower).
+    """
     if mode == "off":
-        return nullcontext()
+        yield
+        return
+    from torch._inductor import config as inductor  # takes a second to import, which eager runs do without
+
     limits = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
-    return torch._dynamo.config.patch(limits)
+    with torch._dynamo.config.patch(limits), inductor.patch({"triton.autotune_pointwise": False}):
+        yield
 
 
 def _graph_breaks(work: Callable[[], Any]) -> dict[str, int]:
