@@ -98,6 +98,14 @@ def test_fused_equals_reference(method, variant, extra, order):
         assert torch.equal(dy, before[1]), "the output's gradient must come back bit for bit"
 
 
+def test_orthonormal_slices_cost_no_nodes_of_autograd():
+    """Where the core is all of G its transforms are applied inside the operation, to which the form hands the core."""
+    layer = _layer("inttune", "default", {"slice_scale": "orthonormal"}, torch.float32)
+    form = _maker(layer).make()
+    assert form.C is layer.factors("default")["core"].weight
+    assert not _maker(_layer("nlora", "default", {"slice_scale": "orthonormal"}, torch.float32)).is_direct
+
+
 @pytest.mark.usefixtures("edit_from")
 @pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

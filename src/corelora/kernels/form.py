@@ -135,6 +135,7 @@ class FormMaker:
         )
         self.blocks = (len(self.b_parts), len(self.a_parts))
         self.is_unscaled = scale == 1 and self._plain_slices()
+        self.mixes = any(t is not None and t.ndim == 2 for t in (self.A.transform, self.B.transform))
         self.is_direct = self._follows_from_cores()
         self.stacks = any(f.plan.offset and f.start is not None for f in (self.A, self.B))
         # On a CPU the scale stays out of G where it can: it is a number of the last product.
@@ -167,7 +168,7 @@ class FormMaker:
             return C
         M = C if D is None else D @ C
         if self.blocks == (1, 1):
-            return M if self.is_unscaled else M * self._scaling(M)
+            return M if self.is_unscaled else self._between_slices(M)
         r, (q, p) = self.core.spec.r, self.blocks
         constant, spread = self._constant_part(C), M.view(1, r, 1, r)
         if self.is_unscaled:
@@ -202,6 +203,8 @@ class FormMaker:
         """
         if not self.is_direct:
             return product(V[0].t(), U[0], C.dtype), None
+        if self.mixes:
+            return self.collapse(product(V[0].t(), U[0], C.dtype), C, None)
         left, right = self._transforms(U[0])
         if D is None:
             V0, U0 = self._added_up(V[0], left), self._added_up(U[0], right)
@@ -212,7 +215,8 @@ class FormMaker:
     def collapse(self, dG: Tensor, C: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients of C and D from that of G: the transpose of `expand`."""
         if self.is_direct:
-            dG = dG if self.is_unscaled else dG * self._scaling(dG)
+            if not self.is_unscaled:
+                dG = self._between_slices(dG, transposed=True) if self.mixes else dG * self._scaling(dG)
             if self.blocks != (1, 1):
                 r, (q, p) = self.core.spec.r, self.blocks
                 dG = dG.view(q, r, p, r).sum(dim=(0, 2))
@@ -269,12 +273,12 @@ class FormMaker:
         return (None, None) if pair is None else pair
 
     def _follows_from_cores(self) -> bool:
-        """One dense core, or a nested one without offsets, and no slice with an [r,r] transform."""
-        transforms = [t for t in (self.A.transform, self.B.transform) if t is not None]
+        """One dense core, or a nested one without offsets; a slice with an [r,r] transform only where the dense core is
+        all of G."""
         dense = len(self.middle) == 1 and len(self.middle[0].plan.shape) == 2
         nested = len(self.middle) == 2 and not self.core.has_offsets
         learns = all(f.plan.trained for f in self.middle)
-        return (dense or nested) and learns and all(t.ndim == 1 for t in transforms)
+        return (dense or nested) and learns and (not self.mixes or (dense and self.blocks == (1, 1)))
 
     def _plain_slices(self) -> bool:
         return self.A.transform is None and self.B.transform is None
@@ -288,7 +292,7 @@ class FormMaker:
             return G
         if self._plain_slices():
             return G * self.scale
-        if any(t is not None and t.ndim == 2 for t in (self.A.transform, self.B.transform)):
+        if self.mixes:
             return self._transformed(G)
         return G * self._scaling(G)
 
@@ -303,8 +307,19 @@ class FormMaker:
             self._weights = weights
         return weights
 
+    def _between_slices(self, M: Tensor, transposed: bool = False) -> Tensor:
+        """M[r,r], all of G, between the transforms of the slices, times the scale; or the transpose of that map."""
+        if not self.mixes:
+            return M * self._scaling(M)
+        left, right = self._transforms(M)
+        if transposed:
+            left, right = (None if t is None else t.t() for t in (left, right))
+        M = M if left is None else left @ M
+        M = M if right is None else M @ right
+        return M if self.scale == 1 else M * self.scale
+
     def _transforms(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """[r] each: the scalings of the slices that write and read; None where there is none."""
+        """The transforms of the slices that write and read, [r] or, where they mix, [r,r]; None where there is none."""
         kept = self._sides
         if kept is None or any(t is not None and (t.device != like.device or t.dtype != like.dtype) for t in kept):
             left, right = (f.transform if f.is_live else None for f in (self.B, self.A))
