@@ -1,11 +1,13 @@
 """Strict, small surroundings for every test: one thread, no network, fixed seeds."""
 
+import functools
 import gc
 import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jinja2
 import pytest
 import torch
 
@@ -13,8 +15,10 @@ from processes import Driver
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Each seed would be kept for a GPU that may come, with the stack of the call: milliseconds, many thousand times.
-    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda seed: None
+    # Each seed would be kept for a device that may come, with the stack of the call: milliseconds, many thousand times.
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = torch.mtia.manual_seed_all = lambda seed: None
+# PEFT writes a card beside each adapter, from one template: to compile it takes longer than all else of saving one.
+jinja2.Environment.compile = functools.lru_cache(maxsize=16)(jinja2.Environment.compile)
 
 TESTS = Path(__file__).parent
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import symtable
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,15 @@ MANY_ARGUMENTS: dict[str, str] = {
 }
 
 
+@cache
 def _tree(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text())
 
 
-def _imports(name: str) -> Iterator[str]:
+@cache
+def _imports(name: str) -> tuple[str, ...]:
     """The modules that a file imports at run time, as dotted names; blocks under TYPE_CHECKING don't run."""
-    tree = _tree(name)
+    tree, found = _tree(name), []
     skipped = {
         id(inner)
         for node in ast.walk(tree)
@@ -96,12 +99,12 @@ def _imports(name: str) -> Iterator[str]:
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: imports are written out in full"
             assert node.module
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(found)
 
 
 def _layer(module: str) -> int | None:
