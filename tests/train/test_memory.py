@@ -23,13 +23,32 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def estimates():
+    """What was simulated already, by all that an estimate depends on."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _simulated_once(estimates, monkeypatch):
+    """Changes that are proposed are looked for in most tests here, among the same ones: each is simulated once."""
+
+    def once(recipe, config, device):
+        key = repr((recipe, config.to_dict(), device))
+        if key not in estimates:
+            estimates[key] = step_memory(recipe, config, device)
+        return estimates[key]
+
+    monkeypatch.setattr(memory, "step_memory", once)
+
+
 def sizes(folder, **parts):
     recipe = make_recipe(folder, **{"loop": {"batch_size": 64, **parts.pop("loop", {})}, **parts})
     return recipe, load_model_config(recipe.model)
 
 
 def peak(folder, **parts):
-    return step_memory(*sizes(folder, **parts), "cpu").peak
+    return memory.step_memory(*sizes(folder, **parts), "cpu").peak
 
 
 def test_the_estimate_follows_the_recipe(folder):

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,20 @@ class RunFolder:
 def versions() -> dict[str, Any]:
     """Versions of the packages that the figures depend on, and the machine's kind."""
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found |= {name: known for name in PACKAGES if (known := _version(name)) is not None}
     found["torch"] = torch.__version__  # says which build it is, which its package's metadata may not
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     found["threads"] = torch.get_num_threads()
     return found
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Of an installed package; kept, because a package's metadata is searched for and read anew each time."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
