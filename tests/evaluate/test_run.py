@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from corelora import CoreLoraConfig
 from corelora.cli import main
 from corelora.errors import CoreLoraError
-from corelora.evaluate import classify, scores
+from corelora.evaluate import classify, harness, scores
+from corelora.evaluate.harness import manager_for
 from corelora.evaluate.likelihood import choice_texts
 from corelora.evaluate.run import KIND_MODULES
 from corelora.evaluate.scores import average, bootstrap_score, mean_score
@@ -203,6 +204,27 @@ def test_harness_on_local_rows(llama, data, tmp_path):
     assert {"gsm8k exact_match (strict-match)", "gsm8k exact_match (flexible-extract)"} <= set(made["scores"])
     assert "version 3" in made["notes"][0]
     assert made["samples"][0]["prompt"].count("Question:") == 6
+
+
+GROUP = "minerva_math"
+HARNESS_TASKS = {t.harness for s in suite_names() for t in load_suite(s).tasks.values() if t.harness}
+
+
+@pytest.mark.parametrize("name", sorted(HARNESS_TASKS - {GROUP}))
+def test_one_folder_of_the_harness_is_read(name):
+    """Where its own file defines a task, settings and all; not its ten thousand others."""
+    manager = manager_for(name)
+    assert manager.task_index[name].cfg["task"] == name
+    assert len(manager.all_tasks) < 100
+
+
+@pytest.mark.parametrize("name", [GROUP, "no_such_task"])
+def test_all_of_the_harness_is_read_for_what_no_one_file_defines(name, monkeypatch):
+    """A group, whose tasks lie elsewhere; and a name that is nowhere, for which the harness has its own words."""
+    asked = []
+    monkeypatch.setattr(harness, "TaskManager", lambda **options: asked.append(options))
+    manager_for(name)
+    assert asked == [{}]
 
 
 def has_come_to(folder: Path, lines: int) -> bool:

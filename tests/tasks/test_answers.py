@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from lm_eval.filters import build_filter_ensemble
-from lm_eval.tasks import TaskManager
 
+from corelora.evaluate.harness import manager_for
 from corelora.tasks.answers import READERS, choices_of, last_box, number_in, plain_latex
 
 JUDGED = [json.loads(line) for line in (Path(__file__).parent / "judged_replies.jsonl").read_text().splitlines()]
@@ -86,7 +86,7 @@ def test_commonsense_gold(task):
 
 def test_our_filters_are_the_harness_filters():
     """gsm8k_strict and gsm8k_last read what the harness's own filters read, on every hand-made reply."""
-    config = TaskManager().task_index["gsm8k"].cfg
+    config = manager_for("gsm8k").task_index["gsm8k"].cfg
     replies = [c["reply"] for c in JUDGED]
     for name, reader in (("strict-match", "gsm8k_strict"), ("flexible-extract", "gsm8k_last")):
         steps = next(f["filter"] for f in config["filter_list"] if f["name"] == name)

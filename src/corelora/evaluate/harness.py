@@ -6,6 +6,7 @@ answered is kept in its own request cache beside the results, so that a stopped 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def run_harness(job: Job) -> Outcome:
     """
     lm = HFLM(pretrained=job.model, tokenizer=job.tokenizer, batch_size=job.batch_size)
     cache = job.partial.path.with_suffix(f".{job.name}.harness")
-    manager = TaskManager()
+    manager = manager_for(job.task.harness or job.name)
     try:
         found: Any = lm_eval.simple_evaluate(
             model=lm,
@@ -45,6 +46,20 @@ def run_harness(job: Job) -> Outcome:
     for left in cache.parent.glob(cache.name + "*"):
         left.unlink()
     return _outcome(job, found)
+
+
+def manager_for(name: str) -> TaskManager:
+    """The harness's tasks, those beside `name` alone where one file defines it.
+
+    To read all of its files, over ten thousand, takes longer than many an evaluation. Groups, tags and names that are
+    made by code are found among all.
+    """
+    line = re.compile(rf"^task:[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*$", re.MULTILINE)
+    files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")
+    found = [f for f in files if line.search(f.read_text(encoding="utf-8", errors="replace"))]
+    if len(found) != 1:
+        return TaskManager()
+    return TaskManager(include_path=found[0].parent, include_defaults=False)
 
 
 def task_of(job: Job, manager: TaskManager) -> Any:
