@@ -8,10 +8,13 @@ says what this holds against and what it does not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +34,7 @@ from corelora.errors import CoreLoraError
 from corelora.evaluate.sandbox_wire import Broken, Line
 
 UNSAFE = "none"
+LINK = 10  # the number of a program's socket in its own process
 
 
 @dataclass(frozen=True)
@@ -157,18 +161,18 @@ def _works(kind: str) -> bool:
 
 
 class _Bench:
-    """Starts sandboxes of one kind; keeps one judge for each thread."""
+    """Starts sandboxes of one kind; keeps one judge, and one launcher of programs, for each thread."""
 
     def __init__(self, kind: str, limits: Limits) -> None:
         self.kind, self.limits = kind, limits
         self.root = tempfile.mkdtemp(prefix="corelora-sandbox-")  # where a sandbox mounts its own root; stays empty
         self.local = threading.local()
-        self.judges: list[_Judge] = []
+        self.servers: list[_Judge | _Launcher] = []
 
     def close(self) -> None:
-        """End all judges."""
-        for judge in self.judges:
-            judge.stop()
+        """End all judges and launchers."""
+        for server in self.servers:
+            server.stop()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def judged(self, program: Program) -> Outcome:
@@ -176,8 +180,9 @@ class _Bench:
         began = time.monotonic()
         judge = self._judge()
         ours, theirs = socket.socketpair()
-        runner = self.start("sandbox_program", theirs, self.limits)
-        theirs.close()
+        with theirs:
+            python = _python("sandbox_program", LINK, self.limits.processes if self.kind == "bubblewrap" else 0)
+            runner = self._launcher().launch(self.config(python, LINK, self.limits), theirs)
         try:
             answer = judge.ask(program, ours, self.limits.seconds)
         finally:
@@ -188,8 +193,8 @@ class _Bench:
             self.local.judge = None
             why = f"no verdict within {self.limits.seconds:g} s"
         elif why.startswith("no answer"):
-            why = _ending(runner) or why
-        _end(runner)
+            why = runner.ending() or why
+        runner.end()
         passed = answer is not None and answer.get("passed") is True
         return Outcome(passed, why, round(time.monotonic() - began, 3))
 
@@ -198,18 +203,22 @@ class _Bench:
         if judge is None or not judge.is_alive():
             ours, theirs = socket.socketpair()
             long = Limits(seconds=1e6, memory_mb=self.limits.memory_mb, processes=64)
-            judge = self.local.judge = _Judge(self.start("sandbox_judge", theirs, long), ours)
-            theirs.close()
-            self.judges.append(judge)
+            with theirs:
+                config = self.config(_python("sandbox_judge", theirs.fileno()), theirs.fileno(), long)
+                judge = self.local.judge = _Judge(_launching(json.dumps(config), theirs.fileno()), ours)
+            self.servers.append(judge)
         return judge
 
-    def start(self, script: str, sock: socket.socket, limits: Limits) -> subprocess.Popen:
-        """A script of this folder in a new sandbox, with one end of a socket."""
-        fd = sock.fileno()
-        python = [sys.executable, "-I", "-c", _alone(script), str(fd)]
-        if script == "sandbox_program":
-            python.append(str(limits.processes if self.kind == "bubblewrap" else 0))
-        config = {
+    def _launcher(self) -> _Launcher:
+        launcher = getattr(self.local, "launcher", None)
+        if launcher is None or not launcher.is_alive():
+            launcher = self.local.launcher = _Launcher()
+            self.servers.append(launcher)
+        return launcher
+
+    def config(self, python: list[str], link: int, limits: Limits) -> dict[str, Any]:
+        """What sandbox_launch.py reads: a command in a new sandbox, and the number of the one socket that it gets."""
+        return {
             "kind": self.kind,
             "root": self.root,
             "visible": _visible(),
@@ -219,13 +228,79 @@ class _Bench:
             "memory_mb": limits.memory_mb,
             "processes": limits.processes,
             "disk_mb": limits.disk_mb,
-            "handed_on": [fd],
+            "handed_on": [link],
             "command": _bubblewrap(python, limits) if self.kind == "bubblewrap" else python,
             "environment": {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
         }
-        command = [sys.executable, "-I", "-S", "-c", _source("sandbox_launch"), json.dumps(config)]
-        nothing, said = subprocess.DEVNULL, subprocess.PIPE
-        return subprocess.Popen(command, pass_fds=(fd,), stdin=nothing, stdout=said, stderr=nothing)
+
+
+def _python(script: str, *words: int) -> list[str]:
+    """The command of a script of this folder, in an interpreter that sees nothing else of ours."""
+    return [sys.executable, "-I", "-c", _alone(script), *map(str, words)]
+
+
+def _launching(word: str, fd: int) -> subprocess.Popen:
+    """sandbox_launch.py, which keeps a file descriptor of this process."""
+    command = [sys.executable, "-I", "-S", "-c", _source("sandbox_launch"), word]
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, pass_fds=(fd,), stdin=nothing, stdout=nothing, stderr=nothing)
+
+
+class _Launcher:
+    """The process that is forked for each program."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = _launching(str(theirs.fileno()), theirs.fileno())
+
+    def is_alive(self) -> bool:
+        """Whether it still takes programs."""
+        return self.process.poll() is None
+
+    def launch(self, config: dict[str, Any], link: socket.socket) -> _Runner:
+        """Start a program that gets one end of a socket."""
+        said, told = os.pipe()
+        try:
+            socket.send_fds(self.control, [json.dumps(config).encode()], [link.fileno(), told])
+        finally:
+            os.close(told)
+        return _Runner(int(self.control.recv(32) or b"0"), said)
+
+    def stop(self) -> None:
+        """End it; programs that run end by themselves, as they were all waited for."""
+        self.control.close()
+        _end(self.process)
+
+
+class _Runner:
+    """One program's watcher, outside of its sandbox: a copy of the launcher, which ends all below it with itself."""
+
+    def __init__(self, pid: int, said: int) -> None:
+        self.pid, self.said = pid, said
+        if not pid:
+            os.close(said)
+            raise OSError("the launcher of sandboxes has ended")
+
+    def ending(self) -> str:
+        """How the watcher saw the program end, in words; empty where it is still running."""
+        if not select.select([self.said], [], [], 2)[0]:
+            return ""
+        said = os.read(self.said, 1 << 12).decode(errors="replace").strip()
+        if said.startswith("setup "):
+            self.end()
+            raise OSError(f"the sandbox could not be set up: {said[6:]}")
+        if said.startswith("exit "):
+            return f"the program ended before the tests did (exit code {said[5:]})"
+        return f"stopped: too much {said}" if said in ("time", "memory") else f"stopped: too many {said}"
+
+    def end(self) -> None:
+        """Kill it, if it still runs, and wait for it: its end of the pipe closes with it."""
+        with contextlib.suppress(ProcessLookupError):  # its id is its own until the launcher gets its next program
+            os.kill(self.pid, signal.SIGKILL)
+        while os.read(self.said, 1 << 12):
+            pass
+        os.close(self.said)
 
 
 class _Judge:
@@ -265,23 +340,6 @@ def _end(process: subprocess.Popen) -> None:
     """Kill a process, if it still runs, and wait for it."""
     process.kill()
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
-
-
-def _ending(runner: subprocess.Popen) -> str:
-    """How the watcher saw a program end, in words; empty where it is still running."""
-    try:
-        runner.wait(timeout=2)
-    except subprocess.TimeoutExpired:
-        return ""
-    assert runner.stdout is not None
-    said = runner.stdout.read().decode(errors="replace").strip()
-    if said.startswith("setup "):
-        raise OSError(f"the sandbox could not be set up: {said[6:]}")
-    if said.startswith("exit "):
-        return f"the program ended before the tests did (exit code {said[5:]})"
-    return f"stopped: too much {said}" if said in ("time", "memory") else f"stopped: too many {said}"
 
 
 @cache

@@ -1,4 +1,8 @@
-"""Puts one program into its own user, mount, network, process and IPC namespaces; run as `python -I -S -c SOURCE`.
+"""Puts a program into its own user, mount, network, process and IPC namespaces; run as `python -I -S -c SOURCE`.
+
+What follows is one program's configuration, as JSON; or the number of a socket, over which the configurations of many
+come, each with the program's own socket and a pipe for how it ended: for each a copy of this process is forked, and its
+id is the answer. A copy costs a millisecond, a Python of its own forty.
 
 With the kind "bubblewrap" the program is bwrap, which opens the namespaces; with "none" there are no namespaces at all.
 
@@ -8,14 +12,16 @@ process 1 of its namespace, so that everything it starts ends with it, and becom
 every privilege. Linux's own calls are reached through ctypes; os.unshare exists from Python 3.12 on only.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import resource
 import signal
+import socket
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 CLONE = {"mount": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
@@ -207,9 +213,8 @@ def enter(config: dict[str, Any]) -> None:
         map_user(0, uid, gid)
 
 
-def main() -> None:
-    """Read the configuration, start the program, say on standard output how it ended."""
-    config = json.loads(sys.argv[1])
+def launch(config: dict[str, Any]) -> None:
+    """Start the program, say on standard output how it ended."""
     if config["kind"] == "namespaces":
         enter(config)
     errors_out, errors_in = os.pipe()
@@ -227,7 +232,52 @@ def main() -> None:
     how = watch(pid, config)
     with os.fdopen(errors_out, "rb") as f:
         trouble = f.read().decode(errors="replace")
-    print("setup " + trouble if trouble else how, flush=True)
+    os.write(1, f"setup {trouble}".encode() if trouble else how.encode())
+
+
+def serve(control: socket.socket) -> None:
+    """Launch what comes over the socket, each in a copy of this process, until the other side hangs up."""
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, 1 << 20, 2)
+        if not message:
+            return
+        bury_ended()  # only now: until here nobody else could get the id of one that is to be killed
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            launch_copy(json.loads(message), *fds)
+        for fd in fds:
+            os.close(fd)
+        control.send(str(pid).encode())
+
+
+def launch_copy(config: dict[str, Any], link: int, said: int) -> NoReturn:
+    """Launch one program, whose socket gets the number that it was told, and end."""
+    try:
+        os.dup2(said, 1, inheritable=False)
+        os.close(said)
+        os.dup2(link, config["handed_on"][0])
+        os.close(link)
+        launch(config)
+    except BaseException as error:
+        os.write(1, f"setup {error!r}".encode()[:500])
+    finally:
+        os._exit(0)
+
+
+def bury_ended() -> None:
+    """Take note of copies that have ended, so that they don't stay behind."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def main() -> None:
+    """One program, or as many as are asked for."""
+    if sys.argv[1].isdigit():
+        serve(socket.socket(fileno=int(sys.argv[1])))
+    else:
+        launch(json.loads(sys.argv[1]))
 
 
 if __name__ == "__main__":
