@@ -58,6 +58,22 @@ def test_missing_reader_says_how_to_install(monkeypatch, tmp_path):
         models.smollm2_folder()
 
 
+def test_gguf_files_are_read_once_for_the_time_of_a_conversion():
+    """Nothing is left changed in the package that reads them, not even where a conversion fails."""
+    gguf = pytest.importorskip("gguf")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    def convert():
+        with models._read_once():
+            table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+            assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is table
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        convert()
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """The real SmolLM2, converted into a cache of its own, which is (cache, folder): it takes half a minute."""
