@@ -12,6 +12,16 @@ from corelora.bench.peers import find_peer
 from corelora.registry import METHODS
 
 BOTH = ("apart", "together")
+# Files of compiled runs, oldest first, and what a run has that those before had not.
+COMPILED = {
+    "-first": "",
+    "-again": "",
+    "-joined": "",
+    "-branches": "branches",
+    "-balanced": "each round in another order",
+    "-second": "the same",
+    "": "the same",
+}
 COMPILED_NAMES = ("slora", "nlora:folded", "nora", "inttune")
 
 
@@ -38,18 +48,6 @@ def step_together() -> str:
         cells = [f"{ratio:.3f} ({ms:.0f})" for ratio, ms in (apart, together)]
         rows.append([find_peer(name).title, *cells])
     return table(["", "apart: times base (ms)", "together: times base (ms)"], rows)
-
-
-# Files of compiled runs, oldest first, and what a run has that those before had not.
-COMPILED = {
-    "-first": "",
-    "-again": "",
-    "-joined": "",
-    "-branches": "branches",
-    "-balanced": "each round in another order",
-    "-second": "the same",
-    "": "the same",
-}
 
 
 def compiled_runs() -> str:

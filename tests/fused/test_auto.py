@@ -118,3 +118,15 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("slice_scale", ["none", "unit", "orthonormal"])
+@pytest.mark.parametrize("method", ["nlora", "inttune"])
+def test_what_an_inference_made_does_not_stop_training(method, slice_scale):
+    """What a form keeps from a pass in inference mode is used by passes that autograd records."""
+    set_fast("on")
+    layer = _layer(method, "default", {"slice_scale": slice_scale}, torch.float32)
+    with torch.inference_mode():
+        layer(torch.randn(70, 37))
+    layer(torch.randn(70, 37)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)

@@ -7,6 +7,8 @@ answered is kept in its own request cache beside the results, so that a stopped 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,20 @@ def manager_for(name: str) -> TaskManager:
     To read all of its files, over ten thousand, takes longer than many an evaluation. Groups, tags and names that are
     made by code are found among all.
     """
-    line = re.compile(rf"^task:[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*$", re.MULTILINE)
-    files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")
-    found = [f for f in files if line.search(f.read_text(encoding="utf-8", errors="replace"))]
+    found = _defined().get(name, [])
     if len(found) != 1:
         return TaskManager()
     return TaskManager(include_path=found[0].parent, include_defaults=False)
+
+
+@cache
+def _defined() -> dict[str, list[Path]]:
+    """The harness's files that define a task, by its name."""
+    line, found = re.compile(r"^task:[ \t]*[\"']?([^\s\"']+)[\"']?[ \t]*$", re.MULTILINE), defaultdict(list)
+    for file in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+        for name in set(line.findall(file.read_text(encoding="utf-8", errors="replace"))):
+            found[name].append(file)
+    return found
 
 
 def task_of(job: Job, manager: TaskManager) -> Any:

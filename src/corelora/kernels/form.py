@@ -145,6 +145,7 @@ class FormMaker:
         self.cpu_layout = replace(self.layout, scale=scale) if self.scales_last else self.layout
         self._weights: Tensor | None = None
         self._sides: tuple[Tensor | None, Tensor | None] | None = None
+        self._mixers: tuple[Tensor, Tensor] | None = None
         self._constant: Tensor | None = None
 
     def make(self) -> Form:
@@ -168,7 +169,7 @@ class FormMaker:
             return C
         M = C if D is None else D @ C
         if self.blocks == (1, 1):
-            return M if self.is_unscaled else self._between_slices(M)
+            return M if self.is_unscaled else self._weighed(M)
         r, (q, p) = self.core.spec.r, self.blocks
         constant, spread = self._constant_part(C), M.view(1, r, 1, r)
         if self.is_unscaled:
@@ -201,9 +202,7 @@ class FormMaker:
             U: [U[T,p], ...], from the input on.
             C, D: as in the form.
         """
-        if not self.is_direct:
-            return product(V[0].t(), U[0], C.dtype), None
-        if self.mixes:
+        if self.mixes or not self.is_direct:
             return self.collapse(product(V[0].t(), U[0], C.dtype), C, None)
         left, right = self._transforms(U[0])
         if D is None:
@@ -215,8 +214,7 @@ class FormMaker:
     def collapse(self, dG: Tensor, C: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients of C and D from that of G: the transpose of `expand`."""
         if self.is_direct:
-            if not self.is_unscaled:
-                dG = self._between_slices(dG, transposed=True) if self.mixes else dG * self._scaling(dG)
+            dG = dG if self.is_unscaled else self._weighed(dG, transposed=True)
             if self.blocks != (1, 1):
                 r, (q, p) = self.core.spec.r, self.blocks
                 dG = dG.view(q, r, p, r).sum(dim=(0, 2))
@@ -290,11 +288,15 @@ class FormMaker:
             G = torch.eye(self.core.spec.r, device=like.device, dtype=like.dtype)
         if self.is_unscaled:
             return G
-        if self._plain_slices():
-            return G * self.scale
-        if self.mixes:
-            return self._transformed(G)
-        return G * self._scaling(G)
+        return G * self.scale if self._plain_slices() else self._weighed(G)
+
+    def _weighed(self, G: Tensor, transposed: bool = False) -> Tensor:
+        """G with the slices' transforms and the scale in it; or the transpose of that map."""
+        if not self.mixes:
+            return G * self._scaling(G)
+        left, right = self._mixing(G)
+        G = left.t() @ G @ right.t() if transposed else left @ G @ right
+        return G if self.scale == 1 else G * self.scale
 
     def _scaling(self, like: Tensor | None) -> Tensor:
         """[q,p]: what each entry of G is multiplied by; ones where nothing is."""
@@ -307,19 +309,8 @@ class FormMaker:
             self._weights = weights
         return weights
 
-    def _between_slices(self, M: Tensor, transposed: bool = False) -> Tensor:
-        """M[r,r], all of G, between the transforms of the slices, times the scale; or the transpose of that map."""
-        if not self.mixes:
-            return M * self._scaling(M)
-        left, right = self._transforms(M)
-        if transposed:
-            left, right = (None if t is None else t.t() for t in (left, right))
-        M = M if left is None else left @ M
-        M = M if right is None else M @ right
-        return M if self.scale == 1 else M * self.scale
-
     def _transforms(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The transforms of the slices that write and read, [r] or, where they mix, [r,r]; None where there is none."""
+        """[r] each: the scalings of the slices that write and read; None where there is none."""
         kept = self._sides
         if kept is None or any(t is not None and (t.device != like.device or t.dtype != like.dtype) for t in kept):
             left, right = (f.transform if f.is_live else None for f in (self.B, self.A))
@@ -341,11 +332,15 @@ class FormMaker:
             return transform.double()
         return torch.ones(self.core.spec.r, device=like.device, dtype=torch.float64)
 
-    def _transformed(self, G: Tensor) -> Tensor:
-        """G between block-diagonal transforms [r,r] (orthonormal slices)."""
-        left = [self._side_matrix(self.B, part, G) for part in self.b_parts]
-        right = [self._side_matrix(self.A, part, G) for part in self.a_parts]
-        return self.scale * (torch.block_diag(*left) @ G @ torch.block_diag(*right))
+    def _mixing(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """[q,q] and [p,p]: the transforms [r,r] of orthonormal slices, as blocks on a diagonal."""
+        kept = self._mixers
+        if kept is None or any(t.device != like.device or t.dtype != like.dtype for t in kept):
+            with torch.inference_mode(False):  # a later pass may train with them
+                left = torch.block_diag(*[self._side_matrix(self.B, part, like) for part in self.b_parts])
+                right = torch.block_diag(*[self._side_matrix(self.A, part, like) for part in self.a_parts])
+            kept = self._mixers = left, right
+        return kept
 
     def _side_matrix(self, factor: Factor, part: str, like: Tensor) -> Tensor:
         if part == "start" and factor.is_live and factor.transform is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shutil
@@ -123,13 +122,8 @@ def _read_once() -> Iterator[None]:
             setattr(reader, name, function)
 
 
+@_read_once()
 def _convert(gguf: Path, out: Path) -> None:
-    with _read_once():
-        _write_plain(gguf, out)
-
-
-def _write_plain(gguf: Path, out: Path) -> None:
-    """The model of a GGUF file in float32, with its tokenizer."""
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     source: Any = {**where, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
