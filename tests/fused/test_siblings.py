@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from corelora import CoreLoraConfig
-from corelora.kernels import form, groups, products, siblings
+from corelora.kernels import form, groups, mixed, products, siblings
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
 from corelora.registry import METHODS, OUTERS
@@ -33,10 +33,27 @@ class Attention(nn.Module):
         return self.q(x), self.k(source), self.v(source)
 
 
+# How outputs are written, by what bounds it: of edits beside a stored factor, and of G in Lf.
+WAYS = {
+    "edits": {"EDIT_FROM": 0},
+    "wide": {},
+    "folded": {"FOLD_FROM": 0, "FOLD_OVER": 0},
+}
+
+
+BOUNDS = {name: getattr(products, name) for way in WAYS.values() for name in way}
+
+
+def take_way(monkeypatch, way: str) -> None:
+    """One of WAYS, whatever was taken before."""
+    for name, value in BOUNDS.items():
+        monkeypatch.setattr(products, name, WAYS[way].get(name, value))
+
+
 @contextmanager
-def as_on_a_gpu(monkeypatch, edit_from: int) -> Iterator[None]:
-    """Orders and groups of a GPU, on CPU tensors; edits beside stored factors from so many numbers on."""
-    monkeypatch.setattr(products, "EDIT_FROM", edit_from)
+def as_on_a_gpu(monkeypatch, way: str) -> Iterator[None]:
+    """Orders and groups of a GPU, on CPU tensors."""
+    take_way(monkeypatch, way)
     modes = set_fast("on"), products.set_order(Order.BEFORE), form.set_device("cuda")
     yield
     set_fast(modes[0])
@@ -44,7 +61,7 @@ def as_on_a_gpu(monkeypatch, edit_from: int) -> Iterator[None]:
     form.set_device(modes[2])
 
 
-@pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
+@pytest.fixture(autouse=True, params=WAYS)
 def _as_on_a_gpu(request, monkeypatch):
     groups._seen.__dict__.clear()
     with as_on_a_gpu(monkeypatch, request.param):
@@ -125,13 +142,32 @@ def test_together_as_apart(method, variant, extra):
 )
 def test_leading_columns_are_put_back_once_for_all(method, extra, times, monkeypatch):
     """Columns of W write by an edit of x: where all edit the same ones, they are copied and put back once."""
-    monkeypatch.setattr(products, "EDIT_FROM", 0)
+    take_way(monkeypatch, "edits")
     model, x = adapted(method, **extra), torch.randn(4, 37)
     grouped(model, x)
     held, hold = [], siblings.hold_columns
     monkeypatch.setattr(siblings, "hold_columns", lambda *given: held.append(1) or hold(*given))
     check(model, x)
     assert len(held) == times
+
+
+@pytest.mark.parametrize("used", ["qkv", "kv"])
+def test_orthonormal_slices_go_through_their_transforms_together(used):
+    """Two batched products a pass; the transforms are kept once, also where a part of the group is asked for."""
+    model, x = adapted("inttune", slice_scale="orthonormal"), torch.randn(4, 37)
+    grouped(model, x)
+    layers = [getattr(model, name) for name in used]
+    makers = [layer.form_maker(x) for layer in layers]
+    cores = [maker.make()[2:4] for maker in makers]
+    gradient = torch.randn(len(used), 8, 8)
+    for _ in range(2):
+        found = mixed.expand_all(makers, cores), mixed.collapse_all(makers, gradient, cores)
+        assert makers[0].stacked_mixers is not None
+        for n, (maker, core) in enumerate(zip(makers, cores, strict=True)):
+            torch.testing.assert_close(found[0][n], maker.expand(*core))
+            torch.testing.assert_close(found[1][n], maker.collapse(gradient[n], *core))
+            assert maker.mixers[0].data_ptr() == makers[0].stacked_mixers[0][n].data_ptr()
+    check(model, x, used=used)
 
 
 @pytest.mark.parametrize("used", ["qkv", "kv", "q"])

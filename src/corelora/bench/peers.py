@@ -1,8 +1,8 @@
 """What is measured: the frozen model, other libraries' adapters, and every corelora method on both of its paths.
 
 One table, `PEERS`, from a name to how a plain model is adapted. A corelora method needs no entry: its name, or
-`NAME:reference` for its path in plain modules, or `NAME:folded` with its start in the base weights, is looked up in the
-registry of methods.
+`NAME:reference` for its path in plain modules, or `NAME:folded` with its start in the base weights, or
+`NAME:orthonormal` with such slices (any `slice_scale`), is looked up in the registry of methods.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from corelora.config import CoreLoraConfig
 from corelora.errors import CoreLoraError, unknown_name
 from corelora.kernels.fast import fast_path
 from corelora.registry import METHODS, OUTERS, Registry
+from corelora.spec import SLICE_SCALES
 
 BASE = "base"
 PATHS = {"fast": "on", "reference": "off"}
-FORMS = {**PATHS, "folded": "on"}
+FORMS = {**PATHS, "folded": "on", **dict.fromkeys(SLICE_SCALES, "on")}
+ENDINGS = {"fast": "", "reference": ", plain modules", "none": ", raw slices"}  # of titles, where it isn't the form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ PEERS: Registry = Registry("peer")
 
 
 def find_peer(name: str) -> Peer:
-    """The peer of a name: one of `PEERS`, a method, `METHOD:reference`, or `METHOD:folded`.
+    """The peer of a name: one of `PEERS`, a method, or `METHOD:FORM` with one of `FORMS`.
 
     Raises:
         CoreLoraError: no peer and no method is called so.
@@ -104,18 +106,18 @@ def find_peer(name: str) -> Peer:
     if method not in METHODS:
         raise CoreLoraError(unknown_name("method or peer", name, [*PEERS, *METHODS]))
     path = path or "fast"
-    title = METHODS[method].title
+    extra = {"slice_scale": path} if path in SLICE_SCALES else {}
     return Peer(
-        title=title + {"fast": "", "reference": ", plain modules", "folded": ", folded"}[path],
-        adapt=lambda model, ranks: adapt_core(model, method, ranks),
+        title=METHODS[method].title + ENDINGS.get(path, f", {path} slices" if extra else f", {path}"),
+        adapt=lambda model, ranks: adapt_core(model, method, ranks, **extra),
         mode=FORMS[path],
         family="corelora",
         folds=path == "folded",
     )
 
 
-def core_config(method: str, ranks: Ranks) -> CoreLoraConfig:
-    """A method's config for measuring steps.
+def core_config(method: str, ranks: Ranks, **settings: Any) -> CoreLoraConfig:
+    """A method's config for measuring steps, with `settings` over its default.
 
     Starts that decompose each weight, or read statistics, are replaced by random factors of the same shapes: a step
     costs the same, and the model need not be decomposed first (`corelora bench init` measures that).
@@ -125,12 +127,13 @@ def core_config(method: str, ranks: Ranks) -> CoreLoraConfig:
     extra: dict[str, Any] = {"outer": "random"} if replaced else {}
     if replaced and METHODS[method].default.core_start == "singular":
         extra["core_start"] = "gaussian"
+    extra |= settings
     return CoreLoraConfig(method=method, r=ranks.r, inner_r=ranks.k, target_modules=ranks.target_modules, **extra)
 
 
-def adapt_core(model: Any, method: str, ranks: Ranks) -> Any:
+def adapt_core(model: Any, method: str, ranks: Ranks, **settings: Any) -> Any:
     """The model with a corelora method's adapters in the base's own type."""
-    return get_peft_model(model, core_config(method, ranks), autocast_adapter_dtype=False)
+    return get_peft_model(model, core_config(method, ranks, **settings), autocast_adapter_dtype=False)
 
 
 def lora_config(ranks: Ranks, **settings: Any) -> LoraConfig:

@@ -34,6 +34,7 @@ MODES = {"off": (False,), "on": (True,), "both": (False, True)}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 RECORDED = ("reduce-overhead", "max-autotune")  # those with CUDA graphs
 RATE = 1e-5
+OUT_OF_MEMORY = "out of memory"
 LEARNT = 1e-3  # standard deviation of what would start at zero
 Cell = tuple[str, bool, int]  # name, compiled, batch
 
@@ -242,38 +243,48 @@ class StepBench:
         """
         bar = tqdm(self._visits(), desc="measuring", unit="visit", delay=2, leave=False)
         with bar, _compiling(self.request.compile):
-            for turn, batch, variant in bar:
-                bar.set_postfix_str(f"{variant.name}, batch {batch}", refresh=False)
-                seen = self._visit(variant, batch)
-                if seen is not None:
+            for turn, variant in bar:
+                bar.set_postfix_str(variant.name, refresh=False)
+                for seen in self._visit(variant):
                     emit({"kind": "visit", "round": turn, **seen})
         return self.results()
 
-    def _visits(self) -> list[tuple[int, int, Variant]]:
-        """(round, batch, variant) in the order of visits: another one in each round, the same in every process."""
+    def _visits(self) -> list[tuple[int, Variant]]:
+        """(round, variant) in the order of visits: another one in each round, the same in every process."""
         visits = []
         for turn in range(self.request.rounds):
             order = random.Random(turn).sample(self.variants, len(self.variants))
-            visits += [(turn, batch, variant) for batch in self.request.batches for variant in order]
+            visits += [(turn, variant) for variant in order]
         return visits
 
-    def _visit(self, variant: Variant, batch: int) -> dict[str, Any] | None:
-        """Warm-up and timed steps of one variant; None where it ran out of memory before."""
+    def _visit(self, variant: Variant) -> Iterator[dict[str, Any]]:
+        """Warm-up and timed steps of one variant, of one batch size after the other: it is moved once for all."""
+        try:
+            variant.move(self.device.kind)
+            with variant.peer.running(self.device.kind, self.dtype), variant.folded():
+                for batch in self.request.batches:
+                    seen = self._measured(variant, batch)
+                    if seen is not None:
+                        yield seen
+        except torch.OutOfMemoryError:  # of what it trains alone
+            self.left_out |= {_label(variant.cell(batch)): OUT_OF_MEMORY for batch in self.request.batches}
+        finally:
+            variant.move("cpu")
+            self.device.tidy()
+
+    def _measured(self, variant: Variant, batch: int) -> dict[str, Any] | None:
+        """One batch size; None where it ran out of memory, now or before."""
         cell = variant.cell(batch)
         label = _label(cell)
         if label in self.left_out:
             return None
         try:
-            variant.move(self.device.kind)
-            with variant.peer.running(self.device.kind, self.dtype), variant.folded():
-                times, peak = self._steps(variant, self.ids[:batch])
+            times, peak = self._steps(variant, self.ids[:batch])
         except torch.OutOfMemoryError:
-            self.left_out[label] = "out of memory"
+            self.left_out[label] = OUT_OF_MEMORY
             variant.model.zero_grad(set_to_none=True)
-            return None
-        finally:
-            variant.move("cpu")
             self.device.tidy()
+            return None
         self.times.setdefault(cell, []).extend(times)
         self.peaks[cell] = peak
         rounded = [round(t, 3) for t in times]

@@ -145,7 +145,8 @@ class FormMaker:
         self.cpu_layout = replace(self.layout, scale=scale) if self.scales_last else self.layout
         self._weights: Tensor | None = None
         self._sides: tuple[Tensor | None, Tensor | None] | None = None
-        self._mixers: tuple[Tensor, Tensor] | None = None
+        self.mixers: tuple[Tensor, Tensor] | None = None  # as `mixing` has them
+        self.stacked_mixers: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] | None = None  # mixed.py
         self._constant: Tensor | None = None
 
     def make(self) -> Form:
@@ -294,9 +295,8 @@ class FormMaker:
         """G with the slices' transforms and the scale in it; or the transpose of that map."""
         if not self.mixes:
             return G * self._scaling(G)
-        left, right = self._mixing(G)
-        G = left.t() @ G @ right.t() if transposed else left @ G @ right
-        return G if self.scale == 1 else G * self.scale
+        left, right = self.mixing(G)
+        return left.t() @ G @ right.t() if transposed else left @ G @ right
 
     def _scaling(self, like: Tensor | None) -> Tensor:
         """[q,p]: what each entry of G is multiplied by; ones where nothing is."""
@@ -332,14 +332,17 @@ class FormMaker:
             return transform.double()
         return torch.ones(self.core.spec.r, device=like.device, dtype=torch.float64)
 
-    def _mixing(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """[q,q] and [p,p]: the transforms [r,r] of orthonormal slices, as blocks on a diagonal."""
-        kept = self._mixers
+    def mixing(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """[q,q], with the scale in it, and [p,p]: the transforms [r,r] of orthonormal slices, as blocks on a diagonal.
+
+        left G right^T is what stands between the plain slices.
+        """
+        kept = self.mixers
         if kept is None or any(t.device != like.device or t.dtype != like.dtype for t in kept):
             with torch.inference_mode(False):  # a later pass may train with them
                 left = torch.block_diag(*[self._side_matrix(self.B, part, like) for part in self.b_parts])
                 right = torch.block_diag(*[self._side_matrix(self.A, part, like) for part in self.a_parts])
-            kept = self._mixers = left, right
+                kept = self.mixers = self.scale * left, right
         return kept
 
     def _side_matrix(self, factor: Factor, part: str, like: Tensor) -> Tensor:

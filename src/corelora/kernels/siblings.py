@@ -25,8 +25,19 @@ from corelora.kernels.branches import at_once, branches, nothing
 from corelora.kernels.core_linear import below_autograd, direct_apply, read_side, write_side
 from corelora.kernels.edit import add_columns, hold_columns, put_back
 from corelora.kernels.form import Form, FormMaker, product
+from corelora.kernels.mixed import collapse_all, expand_all
 from corelora.kernels.narrow import typed
-from corelora.kernels.products import Order, Side, apply_form, choose_order, edits, through, write_form
+from corelora.kernels.products import (
+    Order,
+    Side,
+    apply_form,
+    choose_order,
+    edits,
+    folds,
+    start_form,
+    through,
+    write_form,
+)
 from corelora.kernels.stacked import Stack, stack_of
 from corelora.kernels.team import Member, Team, make_team, split_features, widths_of
 
@@ -44,24 +55,23 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     if any(apart):
         return _some_apart(x, team, writes, apart, x @ team.joined(rows).t() if rows else None)
     thin = x @ team.joined(rows).t()
-    wants_F = any(write.stored is not None for write in writes)  # an edit applies G itself
-    stack = stack_of([m.small for m in members], thin, team.grams) if wants_F else None
-    if stack is not None:
-        for m, F in zip(members, stack.forward(), strict=True):
-            m.small.F = F
+    U = split_features(thin, team.widths)
     by_edit = [edits(x, write, bool(m.small.chain), m.W.shape[0]) for m, write in zip(members, writes, strict=True)]
+    if any(_wants_F(*each) for each in zip(members, writes, by_edit, U, strict=True)):
+        _make_F(members, thin, team)
     count = _edited_columns(writes, by_edit)
     held = None if count is None else hold_columns(x, count)
     calls = [
-        partial(write_form, x, m.W, m.bias, U, write, m.small, held)
-        for m, write, U in zip(members, writes, split_features(thin, team.widths), strict=True)
+        partial(write_form, x, m.W, m.bias, u, write, m.small, held)
+        for m, write, u in zip(members, writes, U, strict=True)
     ]
     ahead = []
-    if stack is not None and branches(x):
-        ahead = [m for m, edit in zip(members[1:], by_edit[1:], strict=True) if not edit]
+    if branches(x):
+        rest = zip(members[1:], U[1:], by_edit[1:], strict=True)
+        ahead = [(m, u) for m, u, edit in rest if not edit and m.small.chain]
     # The adapters' own products write much and compute little: beside the first base product.
-    first, *starts = at_once([calls[0], *(partial(_start, m) for m in ahead)], x)
-    for m, y in zip(ahead, starts, strict=True):
+    first, *starts = at_once([calls[0], *(partial(_start, m, u) for m, u in ahead)], x)
+    for (m, _), y in zip(ahead, starts, strict=True):
         m.small.y = y
     ys = [first[0], *(call()[0] for call in calls[1:])]
     if held is not None:
@@ -69,10 +79,22 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     return ys, [thin]
 
 
-def _start(m: Member) -> Tensor:
+def _wants_F(m: Member, write: Side, by_edit: bool, U: Tensor) -> bool:
+    """Whether an output is made from G U: an edit applies G itself where all is edited, and G may go into Lf."""
+    return write.stored is not None and (by_edit or not folds(U, m.small, m.W.shape[0]))
+
+
+def _make_F(members: Sequence[Member], thin: Tensor, team: Team) -> None:
+    """G U of each, where one product makes all."""
+    stack = stack_of([m.small for m in members], thin, team.grams)
+    if stack is not None:
+        for m, F in zip(members, stack.forward(), strict=True):
+            m.small.F = F
+
+
+def _start(m: Member, U: Tensor) -> Tensor:
     """Lf F [T,o], into which the base product is accumulated."""
-    assert m.small.F is not None
-    return m.small.F @ write_side(m.L, m.layout).rows(m.W.t())
+    return start_form(U, m.W, write_side(m.L, m.layout), m.small)[0]
 
 
 def _some_apart(
@@ -274,7 +296,7 @@ class _Siblings(torch.autograd.Function):
         needs = ctx.needs_input_grad
         given = [tensors[at : at + PER_MEMBER] for at in range(0, len(tensors), PER_MEMBER)]
         with below_autograd():
-            grams = [maker.expand(C, D) for maker, (*_, C, D) in zip(makers, given, strict=True)]
+            grams = expand_all(makers, [(C, D) for *_, C, D in given])
             layouts = [maker.layout for maker in makers]
             learn = [needs[4 + n : 7 + n] for n in range(0, len(tensors), PER_MEMBER)]
             team = make_team(given, grams, layouts, x.dtype, learn)
@@ -327,11 +349,10 @@ def _from_kept(ctx: Any, saved: tuple[Any, ...], dys: Sequence[Tensor | None]) -
     kept = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dx, dR, dLs, dGs = backward_all(flat, team, kept, features, needs[0])
     out[0] = None if dx is None else dx.view(ctx.shape)
-    for n, own, dL, dG, factors in zip(here, _by_member(dR, team.members), dLs, dGs, given, strict=True):
+    cores = collapse_all([makers[n] for n in here], dGs, [(C, D) for *_, C, D in given])
+    for n, own, dL, core in zip(here, _by_member(dR, team.members), dLs, cores, strict=True):
         to = 2 + PER_MEMBER * n
-        out[to + 2], out[to + 3] = own, dL
-        if dG is not None:
-            out[to + 4], out[to + 5] = makers[n].collapse(dG, *factors[4:6])
+        out[to + 2 : to + 6] = own, dL, *core
     return tuple(out)
 
 
@@ -348,7 +369,7 @@ def siblings(x: Tensor, members: Sequence[tuple[Tensor, Tensor | None, Form]]) -
     flat, forms = x.reshape(-1, x.shape[-1]), [form for _, _, form in members]
     team = make_team(
         [(W, bias, form.R, form.L, form.C) for W, bias, form in members],
-        [form.maker.expand(form.C, form.D) for form in forms],
+        expand_all([form.maker for form in forms], [(form.C, form.D) for form in forms]),
         [form.maker.layout for form in forms],
         x.dtype,
         [(False, False, False)] * len(members),

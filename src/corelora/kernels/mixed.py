@@ -1,0 +1,75 @@
+"""The cores of layers that read one input, between orthonormal slices: [r,r] transforms on both sides, batched.
+
+A product of [r,r] matrices keeps a GPU busy for less time than it takes to start: three layers' cores go through their
+transforms in two products instead of six.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from corelora.kernels.form import FormMaker
+
+Core = tuple[Tensor | None, Tensor | None]  # C and D of a form
+
+
+def expand_all(makers: Sequence[FormMaker], cores: Sequence[Core]) -> list[Tensor | None]:
+    """G[q,p] of each layer, as `FormMaker.expand` makes it.
+
+    Args:
+        makers: of each layer.
+        cores: C and D of each layer's form.
+    """
+    found = _same_cores(makers, [C for C, _ in cores])
+    if found is None:
+        return [maker.expand(*core) for maker, core in zip(makers, cores, strict=True)]
+    left, right = _transforms(makers, found[0])
+    return list((left @ torch.stack(found) @ right.transpose(1, 2)).unbind())
+
+
+def collapse_all(
+    makers: Sequence[FormMaker], dG: Tensor | Sequence[Tensor | None], cores: Sequence[Core]
+) -> list[Core]:
+    """The gradients of C and D of each layer, as `FormMaker.collapse` makes them; None where there is no dG.
+
+    Args:
+        makers: of each layer.
+        dG: [n,q,p], or one of each layer.
+        cores: as for `expand_all`.
+    """
+    found = _same_cores(makers, [C for C, _ in cores])
+    if found is None or not isinstance(dG, Tensor):
+        each = zip(makers, dG, cores, strict=True)
+        return [(None, None) if d is None else maker.collapse(d, *core) for maker, d, core in each]
+    left, right = _transforms(makers, dG)
+    return [(dC, None) for dC in (left.transpose(1, 2) @ dG @ right).unbind()]
+
+
+def _same_cores(makers: Sequence[FormMaker], cores: Sequence[Tensor | None]) -> list[Tensor] | None:
+    """Dense cores of one shape and type, all of which go through transforms; None where some differ."""
+    if len(makers) < 2 or not all(maker.mixes and maker.is_direct for maker in makers):
+        return None
+    found = [C for C in cores if C is not None]
+    alike = len(found) == len(cores) and len({(C.shape, C.dtype, C.device) for C in found}) == 1
+    return found if alike else None
+
+
+def _transforms(makers: Sequence[FormMaker], like: Tensor) -> tuple[Tensor, Tensor]:
+    """[n,q,q] and [n,p,p]: the transforms of each, which become parts of these: nothing is kept twice."""
+    kept = makers[0].stacked_mixers
+    if kept is not None:
+        left, right, parts = kept
+        is_theirs = len(parts) == len(makers) and all(m.mixers is part for m, part in zip(makers, parts, strict=True))
+        if is_theirs and left.dtype == like.dtype and left.device == like.device:
+            return left, right
+    pairs = [maker.mixing(like) for maker in makers]
+    with torch.inference_mode(False):  # a later pass may train with them
+        left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
+    parts = list(zip(left, right, strict=True))
+    for maker, part in zip(makers, parts, strict=True):
+        maker.mixers = part
+    makers[0].stacked_mixers = left, right, parts
+    return left, right
