@@ -160,12 +160,14 @@ def test_an_evaluations_score_decides_among_finalists(folder, tmp_path):
     assert [(x.name, x.scores) for x in found] == [("lora", (0.31,)), ("nlora", (0.3,))]
 
 
-def test_no_finalists_before_all_first_runs_have_ended(folder, tmp_path):
-    study = opened(tmp_path, folder, [{**GROUP, "finalists": {"seeds": [1]}}])
-    pretend(study, loss)
-    missing = study.first["rates"][0].folder(study.root) / "results.json"
-    missing.unlink()
-    assert study.finalists(study.study.groups[0]) == []
+def test_no_finalists_before_the_first_runs_have_ended(folder, tmp_path):
+    """Those of the setting: one that is added to a study hides no other's seeds. Where the best are chosen, of all."""
+    for more, methods in (({}, {"lora"}), ({"top": 2}, set())):
+        study = opened(tmp_path, folder, [{**GROUP, "finalists": {"seeds": [1], **more}}])
+        pretend(study, loss)
+        missing = next(run for run in study.first["rates"] if run.labels["method"] == "nlora")
+        (missing.folder(study.root) / "results.json").unlink()
+        assert {run.labels["method"] for run in study.finalists(study.study.groups[0])} == methods
 
 
 def test_noise_is_said_of_seeds_only(folder, tmp_path):

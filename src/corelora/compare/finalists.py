@@ -22,8 +22,7 @@ def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -
         score: the deciding figure.
         lower: whether lower is better.
     """
-    if group.finalists is None:
-        return []
+    assert group.finalists is not None
     by, low = ("train_loss", True) if score.startswith(EVALUATED) else (score, lower)
     ranked = [leader for leader in leaders(group, runs, by, low) if leader.runs]
     chosen = ranked[: group.finalists.top]
