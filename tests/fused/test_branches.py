@@ -10,10 +10,10 @@ import torch
 
 from corelora.kernels import branches, core_linear, groups, products, siblings
 from fused.test_core_linear import CASES, _close
-from fused.test_siblings import WAYS, adapted, as_on_a_gpu, grouped, groups_of, outcome, plain
+from fused.test_siblings import adapted, as_on_a_gpu, grouped, groups_of, outcome, plain
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=[0, products.EDIT_FROM], ids=["edits", "wide"])
 def _as_on_a_gpu(request, monkeypatch):
     groups._seen.__dict__.clear()
     with as_on_a_gpu(monkeypatch, request.param):

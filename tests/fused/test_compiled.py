@@ -10,19 +10,21 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from corelora.kernels import compiled
+from corelora.kernels import compiled, products
 from corelora.kernels.compiled import JoinSiblings, join, siblings_op
 from corelora.kernels.core_linear import linear_op
 from corelora.kernels.fast import set_fast
 from fused.test_core_linear import CASES, _close
-from fused.test_siblings import WAYS, Attention, adapted, as_on_a_gpu, outcome, plain, take_way
+from fused.test_siblings import Attention, adapted, as_on_a_gpu, outcome, plain
+
+EDITS = (0, products.EDIT_FROM)  # beside a stored factor a slice writes by an edit, or as a part of a wider product
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compiled, "_suits", lambda x: True)
     torch.compiler.reset()
-    with as_on_a_gpu(monkeypatch, "edits"):
+    with as_on_a_gpu(monkeypatch, EDITS[0]):
         yield
 
 
@@ -31,8 +33,8 @@ def outcomes(monkeypatch):
     """The outcome of a compiled model either way: what it calls asks anew each time, so that it is compiled once."""
 
     def ask(model: nn.Module, x: Tensor, **options) -> Iterator[list[Tensor]]:
-        for way in WAYS:
-            take_way(monkeypatch, way)
+        for edit_from in EDITS:
+            monkeypatch.setattr(products, "EDIT_FROM", edit_from)
             yield outcome(model, x, **options)
 
     return ask
@@ -180,10 +182,10 @@ def test_on_a_cpu_they_stay_apart(monkeypatch):
     assert (backend.groups, backend.alone) == (0, 3)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_registered_operation_is_well_formed(monkeypatch, way):
+@pytest.mark.parametrize("edit_from", EDITS, ids=["edits", "wide"])
+def test_registered_operation_is_well_formed(monkeypatch, edit_from):
     """Fake tensors, autograd and aliasing, by PyTorch's own checker."""
-    take_way(monkeypatch, way)
+    monkeypatch.setattr(products, "EDIT_FROM", edit_from)
     x = torch.randn(2, 4, 7, requires_grad=True)
     W = [torch.randn(9, 7), torch.randn(5, 7)]
     R = [torch.randn(3, 7, requires_grad=True) for _ in W]

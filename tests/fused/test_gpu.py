@@ -17,7 +17,6 @@ from corelora.kernels import compiled, form, groups, products
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
 from fused.test_core_linear import losses_of
-from fused.test_siblings import WAYS, take_way
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,13 +46,13 @@ def _error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("edit_from", [0, products.EDIT_FROM], ids=["edits", "wide"])
 @pytest.mark.parametrize("order", [None, *Order], ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_against_float64(method, dtype, order, way, monkeypatch):
+def test_fused_against_float64(method, dtype, order, edit_from, monkeypatch):
     """Outputs and all gradients against the reference path in float64; the input comes back bit for bit."""
-    take_way(monkeypatch, way)
+    monkeypatch.setattr(products, "EDIT_FROM", edit_from)
     for extra in [{}] if method not in ("nlora", "inttune") else [{}, {"sampling": "random"}]:
         model = _model(method, dtype, **extra)
         exact = copy.deepcopy(model).double()

@@ -33,27 +33,10 @@ class Attention(nn.Module):
         return self.q(x), self.k(source), self.v(source)
 
 
-# How outputs are written, by what bounds it: of edits beside a stored factor, and of G in Lf.
-WAYS = {
-    "edits": {"EDIT_FROM": 0},
-    "wide": {},
-    "folded": {"FOLD_FROM": 0, "FOLD_OVER": 0},
-}
-
-
-BOUNDS = {name: getattr(products, name) for way in WAYS.values() for name in way}
-
-
-def take_way(monkeypatch, way: str) -> None:
-    """One of WAYS, whatever was taken before."""
-    for name, value in BOUNDS.items():
-        monkeypatch.setattr(products, name, WAYS[way].get(name, value))
-
-
 @contextmanager
-def as_on_a_gpu(monkeypatch, way: str) -> Iterator[None]:
-    """Orders and groups of a GPU, on CPU tensors."""
-    take_way(monkeypatch, way)
+def as_on_a_gpu(monkeypatch, edit_from: int) -> Iterator[None]:
+    """Orders and groups of a GPU, on CPU tensors; edits beside stored factors from so many numbers on."""
+    monkeypatch.setattr(products, "EDIT_FROM", edit_from)
     modes = set_fast("on"), products.set_order(Order.BEFORE), form.set_device("cuda")
     yield
     set_fast(modes[0])
@@ -61,7 +44,7 @@ def as_on_a_gpu(monkeypatch, way: str) -> Iterator[None]:
     form.set_device(modes[2])
 
 
-@pytest.fixture(autouse=True, params=WAYS)
+@pytest.fixture(autouse=True, params=[0, products.EDIT_FROM], ids=["edits", "wide"])
 def _as_on_a_gpu(request, monkeypatch):
     groups._seen.__dict__.clear()
     with as_on_a_gpu(monkeypatch, request.param):
@@ -142,7 +125,7 @@ def test_together_as_apart(method, variant, extra):
 )
 def test_leading_columns_are_put_back_once_for_all(method, extra, times, monkeypatch):
     """Columns of W write by an edit of x: where all edit the same ones, they are copied and put back once."""
-    take_way(monkeypatch, "edits")
+    monkeypatch.setattr(products, "EDIT_FROM", 0)
     model, x = adapted(method, **extra), torch.randn(4, 37)
     grouped(model, x)
     held, hold = [], siblings.hold_columns
@@ -153,7 +136,7 @@ def test_leading_columns_are_put_back_once_for_all(method, extra, times, monkeyp
 
 @pytest.mark.parametrize("used", ["qkv", "kv"])
 def test_orthonormal_slices_go_through_their_transforms_together(used):
-    """Two batched products a pass; the transforms are kept once, also where a part of the group is asked for."""
+    """Two batched products a pass, also where a part of the group is asked for."""
     model, x = adapted("inttune", slice_scale="orthonormal"), torch.randn(4, 37)
     grouped(model, x)
     layers = [getattr(model, name) for name in used]
@@ -166,8 +149,25 @@ def test_orthonormal_slices_go_through_their_transforms_together(used):
         for n, (maker, core) in enumerate(zip(makers, cores, strict=True)):
             torch.testing.assert_close(found[0][n], maker.expand(*core))
             torch.testing.assert_close(found[1][n], maker.collapse(gradient[n], *core))
-            assert maker.mixers[0].data_ptr() == makers[0].stacked_mixers[0][n].data_ptr()
+            assert makers[0].stacked_mixers[2][n] is maker.mixers
     check(model, x, used=used)
+
+
+def test_a_recording_of_orthonormal_slices_keeps_nothing(monkeypatch):
+    """Its memory is written over when it runs again, and what it reads must stay: only each layer's own transforms are
+    read, which the pass before it has made."""
+    model, x = adapted("inttune", slice_scale="orthonormal"), torch.randn(4, 37)
+    outcome(model, x)  # apart; the next pass is together, and recorded
+    makers = [layer.form_maker(x) for layer in (model.q, model.k, model.v)]
+    own = [maker.mixers for maker in makers]
+    assert None not in own
+    with monkeypatch.context() as patch:
+        patch.setattr(mixed, "is_recording", lambda like: True)
+        check(model, x)
+        assert makers[0].stacked_mixers is None
+    check(model, x)
+    assert makers[0].stacked_mixers is not None
+    assert all(maker.mixers is pair for maker, pair in zip(makers, own, strict=True))
 
 
 @pytest.mark.parametrize("used", ["qkv", "kv", "q"])

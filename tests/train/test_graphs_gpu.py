@@ -52,7 +52,8 @@ def test_accumulation_and_autocast(folder, tmp_path):
     assert made["on"]["test_loss"] == pytest.approx(made["off"]["test_loss"], abs=2e-2)
 
 
-def test_a_classifier(folder, tmp_path):
+@pytest.mark.parametrize("method", ["nlora", "inttune"])
+def test_a_classifier(folder, tmp_path, method):
     """Masks that look both ways, a head, two widths and a last batch that is smaller."""
     save_bert(folder / "bert")
     rows = [{"sentence": ("good " if n % 2 else "bad ") * (1 + n % 25), "label": n % 2} for n in range(42)]
@@ -61,7 +62,7 @@ def test_a_classifier(folder, tmp_path):
     data = {"train": source, "test": source, "form": "sst2", "max_length": 128}
     made = both(
         folder, tmp_path, task="classify", model={"name": str(folder / "bert"), "dtype": "float32"}, data=data,
-        method={"name": "nlora", "r": 4, "target_modules": "all-linear"}, loop={"steps": 40, "batch_size": 8},
+        method=METHODS[method] | {"target_modules": "all-linear"}, loop={"steps": 40, "batch_size": 8},
     )  # fmt: skip
     assert made["on"]["test_loss"] == pytest.approx(made["off"]["test_loss"], abs=1e-3)
 

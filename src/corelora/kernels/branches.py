@@ -19,9 +19,14 @@ from torch import Tensor
 STREAMS = 3  # beside the current one, 0: no branches; the matrix library keeps a workspace for each
 
 
+def is_recording(like: Tensor) -> bool:
+    """Whether the work on a tensor's device is being recorded."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def branches(like: Tensor) -> bool:
-    """Whether the work on a tensor's device is being recorded, and may branch."""
-    return STREAMS > 0 and like.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Whether it is being recorded, and may branch."""
+    return STREAMS > 0 and is_recording(like)
 
 
 def at_once(calls: Sequence[Callable[[], Any]], like: Tensor, *, alone: bool = False) -> list[Any]:

@@ -44,9 +44,7 @@ def run_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """(y[..., o], [U[T,p], ..., F[T,q]]) as `apply_form` gives them."""
     R, L, chain = _narrow(R, L, chain, x.dtype)
-    # On a CPU F is kept for the backward pass.
-    small = Small(chain, layout.scale, may_fold=not on_cpu(x))
-    read, write = read_side(R, layout), write_side(L, layout)
+    read, write, small = read_side(R, layout), write_side(L, layout), Small(chain, layout.scale)
     if x.dim() == 2:
         return apply_form(x, W, bias, read, write, small)
     y, features = apply_form(x.reshape(-1, x.shape[-1]), W, bias, read, write, small)

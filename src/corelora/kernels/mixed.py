@@ -7,10 +7,12 @@ transforms in two products instead of six.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
 
+from corelora.kernels.branches import is_recording
 from corelora.kernels.form import FormMaker
 
 Core = tuple[Tensor | None, Tensor | None]  # C and D of a form
@@ -58,18 +60,19 @@ def _same_cores(makers: Sequence[FormMaker], cores: Sequence[Tensor | None]) -> 
 
 
 def _transforms(makers: Sequence[FormMaker], like: Tensor) -> tuple[Tensor, Tensor]:
-    """[n,q,q] and [n,p,p]: the transforms of each, which become parts of these: nothing is kept twice."""
-    kept = makers[0].stacked_mixers
-    if kept is not None:
-        left, right, parts = kept
-        is_theirs = len(parts) == len(makers) and all(m.mixers is part for m, part in zip(makers, parts, strict=True))
-        if is_theirs and left.dtype == like.dtype and left.device == like.device:
-            return left, right
+    """[n,q,q] and [n,p,p]: the transforms of each layer, kept beside its own.
+
+    A recording that kept them would leave later passes with memory of its own, and one that read kept ones would need
+    them for good: it makes them anew, from each layer's, which stay.
+    """
     pairs = [maker.mixing(like) for maker in makers]
+    if is_recording(like):
+        left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
+        return left, right
+    kept = makers[0].stacked_mixers
+    if kept is not None and len(kept[2]) == len(pairs) and all(map(is_, kept[2], pairs)):
+        return kept[:2]
     with torch.inference_mode(False):  # a later pass may train with them
         left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
-    parts = list(zip(left, right, strict=True))
-    for maker, part in zip(makers, parts, strict=True):
-        maker.mixers = part
-    makers[0].stacked_mixers = left, right, parts
+    makers[0].stacked_mixers = left, right, pairs
     return left, right

@@ -31,8 +31,6 @@ class Order(Enum):
 
 _order: Order | None = None
 EDIT_FROM = 1 << 25  # numbers of an output, from which an edit beside a stored factor is cheaper than a wider product
-FOLD_FROM = 8192  # width of an output, from which G goes into Lf
-FOLD_OVER = 8  # rows of the input for each of U's columns, from which it does
 
 
 def set_order(order: Order | None) -> Order | None:
@@ -95,14 +93,12 @@ class Small:
     Attributes:
         chain: G as a chain of matrices.
         scale: of all; 1 where it is in G.
-        may_fold: whether F is for the output alone.
         F: G U [T,q] in this pass, where it was made together with other layers'.
         y: Lf F [T,o] in this pass, where it was made beside another layer's base product; it is written to.
     """
 
     chain: Chain
     scale: float
-    may_fold: bool = False
     F: Tensor | None = None
     y: Tensor | None = None
 
@@ -161,7 +157,8 @@ def write_form(
         held: x's leading columns, if others edit them too; they are left as this edit has them.
     """
     if not edits(x, write, bool(small.chain), W.shape[0]):
-        y, features = (small.y, [U]) if small.y is not None else start_form(U, W, write, small)
+        features = through(U, small.chain) if small.F is None else [U, small.F]
+        y = small.y if small.y is not None else scaled_product(features[-1], write.rows(W.t()), small.scale)
         if bias is not None:
             y.add_(bias)
         return y.addmm_(x, W.t()), features
@@ -182,24 +179,6 @@ def write_form(
     if edited is not None:
         put_back(edited, write.index)
     return y, features
-
-
-def start_form(U: Tensor, W: Tensor, write: Side, small: Small) -> tuple[Tensor, list[Tensor]]:
-    """(scale Lf F [T,o], [U, ..., F]), into which the base product is accumulated; [U] where G goes into Lf."""
-    rows = write.rows(W.t())
-    if small.F is None and folds(U, small, W.shape[0]):
-        return scaled_product(U, small.chain[0].t() @ rows, small.scale), [U]
-    features = through(U, small.chain) if small.F is None else [U, small.F]
-    return scaled_product(features[-1], rows, small.scale), features
-
-
-def folds(U: Tensor, small: Small, o: int) -> bool:
-    """Whether Lf F = (Lf G) U is computed from the right: a product of G with Lf in place of one with U.
-
-    It costs no more where U has many rows, and leaves Lf G with its rows along the output, as cuBLAS's product of few
-    columns with many rows runs fastest: as L lies, that of 4,096 x 128 with 128 x 11,008 takes half as long again.
-    """
-    return small.may_fold and len(small.chain) == 1 and o >= FOLD_FROM and U.shape[0] >= FOLD_OVER * U.shape[1]
 
 
 Held = tuple[Tensor, Tensor] | None  # columns and what they were (edit.py)

@@ -27,17 +27,7 @@ from corelora.kernels.edit import add_columns, hold_columns, put_back
 from corelora.kernels.form import Form, FormMaker, product
 from corelora.kernels.mixed import collapse_all, expand_all
 from corelora.kernels.narrow import typed
-from corelora.kernels.products import (
-    Order,
-    Side,
-    apply_form,
-    choose_order,
-    edits,
-    folds,
-    start_form,
-    through,
-    write_form,
-)
+from corelora.kernels.products import Order, Side, apply_form, choose_order, edits, through, write_form
 from corelora.kernels.stacked import Stack, stack_of
 from corelora.kernels.team import Member, Team, make_team, split_features, widths_of
 
@@ -55,23 +45,24 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     if any(apart):
         return _some_apart(x, team, writes, apart, x @ team.joined(rows).t() if rows else None)
     thin = x @ team.joined(rows).t()
-    U = split_features(thin, team.widths)
+    wants_F = any(write.stored is not None for write in writes)  # an edit applies G itself
+    stack = stack_of([m.small for m in members], thin, team.grams) if wants_F else None
+    if stack is not None:
+        for m, F in zip(members, stack.forward(), strict=True):
+            m.small.F = F
     by_edit = [edits(x, write, bool(m.small.chain), m.W.shape[0]) for m, write in zip(members, writes, strict=True)]
-    if any(_wants_F(*each) for each in zip(members, writes, by_edit, U, strict=True)):
-        _make_F(members, thin, team)
     count = _edited_columns(writes, by_edit)
     held = None if count is None else hold_columns(x, count)
     calls = [
-        partial(write_form, x, m.W, m.bias, u, write, m.small, held)
-        for m, write, u in zip(members, writes, U, strict=True)
+        partial(write_form, x, m.W, m.bias, U, write, m.small, held)
+        for m, write, U in zip(members, writes, split_features(thin, team.widths), strict=True)
     ]
     ahead = []
-    if branches(x):
-        rest = zip(members[1:], U[1:], by_edit[1:], strict=True)
-        ahead = [(m, u) for m, u, edit in rest if not edit and m.small.chain]
+    if stack is not None and branches(x):
+        ahead = [m for m, edit in zip(members[1:], by_edit[1:], strict=True) if not edit]
     # The adapters' own products write much and compute little: beside the first base product.
-    first, *starts = at_once([calls[0], *(partial(_start, m, u) for m, u in ahead)], x)
-    for (m, _), y in zip(ahead, starts, strict=True):
+    first, *starts = at_once([calls[0], *(partial(_start, m) for m in ahead)], x)
+    for m, y in zip(ahead, starts, strict=True):
         m.small.y = y
     ys = [first[0], *(call()[0] for call in calls[1:])]
     if held is not None:
@@ -79,22 +70,10 @@ def forward_all(x: Tensor, team: Team) -> tuple[list[Tensor], list[Tensor]]:
     return ys, [thin]
 
 
-def _wants_F(m: Member, write: Side, by_edit: bool, U: Tensor) -> bool:
-    """Whether an output is made from G U: an edit applies G itself where all is edited, and G may go into Lf."""
-    return write.stored is not None and (by_edit or not folds(U, m.small, m.W.shape[0]))
-
-
-def _make_F(members: Sequence[Member], thin: Tensor, team: Team) -> None:
-    """G U of each, where one product makes all."""
-    stack = stack_of([m.small for m in members], thin, team.grams)
-    if stack is not None:
-        for m, F in zip(members, stack.forward(), strict=True):
-            m.small.F = F
-
-
-def _start(m: Member, U: Tensor) -> Tensor:
+def _start(m: Member) -> Tensor:
     """Lf F [T,o], into which the base product is accumulated."""
-    return start_form(U, m.W, write_side(m.L, m.layout), m.small)[0]
+    assert m.small.F is not None
+    return m.small.F @ write_side(m.L, m.layout).rows(m.W.t())
 
 
 def _some_apart(

@@ -90,7 +90,7 @@ def make_team(
     members = [
         Member(
             *(t[0], t[1], R, L),
-            Small(() if G is None else (G,), layout.scale, may_fold=True),
+            Small(() if G is None else (G,), layout.scale),
             layout,
             t[2].dtype if need[0] and R is not None else None,
             t[3].dtype if need[1] and L is not None else None,
