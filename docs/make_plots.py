@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,19 +49,17 @@ def draw_step(source: Path, target: Path) -> None:
         lowest = floor(method, shapes, ranks).times_base
         axes.plot([lowest, lowest], [y - 0.38, y + 0.38], color=MARK, linewidth=2)
         axes.text(max(row["ratio"], row["p90"] / base) + 0.004, y, f"{row['ratio']:.3f}", va="center", color=INK)
-    axes.set_yticks(range(len(rows)), [r["title"] for r in rows])
-    axes.set_xlim(1, max(max(r["ratio"], r["p90"] / base) for r in rows) + 0.045)
-    axes.set_xlabel("time of a step over the frozen base's; line: p10 to p90; red: floor by arithmetic")
+    axes.set_yticks(range(len(rows)), [textwrap.fill(r["title"], 28) for r in rows])
+    axes.set_xlim(1, max(max(r["ratio"], r["p90"] / base) for r in rows) + 0.12)
+    axes.set_xlabel("time of a step over the frozen base's\nline: p10 to p90; red: floor by arithmetic")
     axes.set_title(f"{request['model']}, r = {request['r']}, {batch} x {request['length']} tokens, {run['device']}")
     _finish(figure, axes, target)
 
 
-def draw_batches(source: Path, target: Path) -> bool:
-    """Time and memory over batch size, one line a method (NoRA paper, figure 5); False where there is one size only."""
+def draw_batches(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Time and memory over batch size, one line for each of some methods and peers (NoRA paper, figure 5)."""
     run, results = read(source)
-    eager = [r for r in results if not r["compiled"]]
-    if len({r["batch"] for r in eager}) < 2:
-        return False
+    eager = [r for r in results if not r["compiled"] and r["name"] in names]
     memory = "gib" if any(r["gib"] is not None for r in eager) else None
     panels = [("ms", "ms a step")] + ([(memory, "peak GiB")] if memory else [])
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
@@ -74,7 +74,6 @@ def draw_batches(source: Path, target: Path) -> bool:
         axes.grid(alpha=0.3)
     all_axes[0][0].legend(fontsize=8, frameon=False)
     _finish(figure, all_axes[0][0], target)
-    return True
 
 
 def _finish(figure: Any, axes: Any, target: Path) -> None:
@@ -152,9 +151,8 @@ def main() -> int:
     draw_step(ROOT / "results" / "step-h200.jsonl", ROOT / "img" / "step-h200.png")
     draw_decomposition(ROOT / "results" / "decomposition-smollm2.json", ROOT / "img" / "decomposition.png")
     draw_classes(ROOT / "results" / "vision-head-cpu.json", ROOT / "img" / "vision-classes.png")
-    batches = sorted((ROOT / "results").glob("batches-*.jsonl"))
-    for source in batches:
-        draw_batches(source, ROOT / "img" / f"{source.stem}.png")
+    names = ("base", "peft_lora", "peft_dora", "liger", "inttune", "nora", "slora", "nlora")
+    draw_batches(ROOT / "results" / "step-h200.jsonl", ROOT / "img" / "batches-h200.png", names)
     return 0
 
 

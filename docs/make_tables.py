@@ -17,7 +17,7 @@ from typing import Any
 import figures
 from default_tables import defaults
 from key_tables import keys, recipe_parts, table
-from step_tables import branches, compiled_runs, fsdp2, host, profile, step_again, step_together
+from step_tables import batches, branches, compiled_runs, fsdp2, host, profile, step_again, step_together
 from study_tables import dtd, known_answers, known_runs, minilm, rates, study, tuned
 
 import corelora
@@ -54,12 +54,15 @@ def _benched(tables: list[Table]) -> str:
     return "\n\n".join(parts)
 
 
-def bench(kind: str, name: str) -> Callable[[], str]:
-    """A table of what `corelora bench KIND --json docs/results/NAME` measured."""
+def bench(kind: str, name: str, largest: bool = False) -> Callable[[], str]:
+    """A table of what `corelora bench KIND --json docs/results/NAME` measured; of the largest batch alone, if asked."""
     make = {"step": step_tables, "init": start_tables, "serve": serve_tables, "layers": layers_tables}[kind]
 
     def made() -> str:
         run, results = _lines(name)
+        if largest:
+            most = max(r["batch"] for r in results)
+            results = [r for r in results if r["batch"] == most]
         return _benched(make(results, run))
 
     return made
@@ -229,7 +232,9 @@ TABLES = {
     "tuned": tuned,
     "plan": plan,
     "floors": floors,
-    "step": bench("step", "step-h200.jsonl"),
+    "step": bench("step", "step-h200.jsonl", largest=True),
+    "step-quiet": bench("step", "step-h200-quiet.jsonl"),
+    "batches": batches,
     "step-h100": bench("step", "step-h100.jsonl"),
     "step-h100-again": step_again,
     "step-together": step_together,
@@ -243,6 +248,8 @@ TABLES = {
     "dtd": dtd,
     "init-h200": bench("init", "init-h200.jsonl"),
     "init-h200-unit": bench("init", "init-h200-unit.jsonl"),
+    "init-h200-inttune": bench("init", "init-h200-inttune.jsonl"),
+    "serve-h200": bench("serve", "serve-h200.jsonl"),
     "minilm": minilm,
     "gsm8k-rates": rates(["LoRA", "NLoRA"]),
     "known-answers": known_answers("smollm2-gsm8k/methods"),

@@ -20,6 +20,8 @@ COMPILED = {
     "-branches": "branches",
     "-balanced": "each round in another order",
     "-second": "the same",
+    "-third": "the same",
+    "-fourth": "elementwise kernels untimed",
     "": "the same",
 }
 COMPILED_NAMES = ("slora", "nlora:folded", "nora", "inttune")
@@ -37,6 +39,20 @@ def step_again() -> str:
         )
         rows.append([METHODS[name].title, ratio, memory, " to ".join(f"{v:.2f}" for v in busy)])
     return table(["", "times base", "GiB over base", "GPU busy, times base"], rows)
+
+
+def batches() -> str:
+    """Milliseconds and GiB over the base's by batch size (NoRA paper, figure 5)."""
+    run, *rest = figures.lines("step-h200.jsonl")
+    found = {(r["name"], r["batch"]): r for r in rest if r["kind"] == "result"}
+    sizes = run["request"]["batches"]
+    rows = []
+    for name in run["request"]["names"]:
+        own = [found[name, size] for size in sizes]
+        times = [f"{r['ms']:.0f} ({r['ratio']:.2f})" for r in own]
+        rows.append([find_peer(name).title, *times, *(f"{r['gib_over_base']:.2f}" for r in (own[0], own[-1]))])
+    header = ["", *(f"batch {size}: ms (times base)" for size in sizes)]
+    return table([*header, *(f"batch {size}: GiB over base" for size in (sizes[0], sizes[-1]))], rows)
 
 
 def step_together() -> str:

@@ -127,7 +127,7 @@ def _loss(run: Standing) -> str:
 def tuned() -> str:
     """Every method on GSM8K at its own best rate: what it trains, its loss, and what it took."""
     with known_study("smollm2-gsm8k/methods") as folder:
-        _, _, found = next(led_groups(folder))
+        found = [x for x in next(led_groups(folder))[2] if x.scores]
         seeds = {len(x.scores) for x in found}
         rows = [[dict(x.setting)["method"], *_took(x)] for x in found]
     header = ["method", "trained", "test loss (rate)", "loss after a tenth", "peak GiB"]

@@ -116,9 +116,24 @@ def test_inttune_trains_only_the_core_between_raw_slices():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == R * R
 
 
-def test_default_inttune_scales_rows_and_columns_to_norm_one():
-    """A's rows and B's columns are unit vectors in the directions of W's."""
+def test_default_inttune_has_orthonormal_rows_and_columns():
+    """Polar factors of the slices: of all orthonormal bases of the same spaces the nearest to W's rows and columns."""
     _, layer, W = adapted("inttune", "default")
+    change = torch.randn(R, R)
+    layer.factors("default")["core"].weight.data = change
+    A, B = nearest_rows(W[:R]), nearest_rows(W[:, :R].T).T
+    near(part(layer, X), X.double() @ (B @ change.double() @ A).T, 10.0)
+
+
+def nearest_rows(rows):
+    """The orthonormal rows that are nearest to the given ones."""
+    U, _, Vh = torch.linalg.svd(rows.double(), full_matrices=False)
+    return U @ Vh
+
+
+def test_inttune_with_unit_slices_scales_rows_and_columns_to_norm_one():
+    """A's rows and B's columns are unit vectors in the directions of W's."""
+    _, layer, W = adapted("inttune", "default", slice_scale="unit")
     change = torch.randn(R, R)
     layer.factors("default")["core"].weight.data = change
     A = W[:R] / W[:R].norm(dim=1, keepdim=True)

@@ -263,32 +263,30 @@ class StepBench:
             variant.move(self.device.kind)
             with variant.peer.running(self.device.kind, self.dtype), variant.folded():
                 for batch in self.request.batches:
-                    seen = self._measured(variant, batch)
-                    if seen is not None:
-                        yield seen
+                    yield from self._measured(variant, batch)
         except torch.OutOfMemoryError:  # of what it trains alone
             self.left_out |= {_label(variant.cell(batch)): OUT_OF_MEMORY for batch in self.request.batches}
         finally:
             variant.move("cpu")
             self.device.tidy()
 
-    def _measured(self, variant: Variant, batch: int) -> dict[str, Any] | None:
-        """One batch size; None where it ran out of memory, now or before."""
+    def _measured(self, variant: Variant, batch: int) -> Iterator[dict[str, Any]]:
+        """One batch size; nothing where it ran out of memory, now or before."""
         cell = variant.cell(batch)
         label = _label(cell)
         if label in self.left_out:
-            return None
+            return
         try:
             times, peak = self._steps(variant, self.ids[:batch])
         except torch.OutOfMemoryError:
             self.left_out[label] = OUT_OF_MEMORY
             variant.model.zero_grad(set_to_none=True)
             self.device.tidy()
-            return None
+            return
         self.times.setdefault(cell, []).extend(times)
         self.peaks[cell] = peak
         rounded = [round(t, 3) for t in times]
-        return {"name": variant.name, "compiled": variant.compiled, "batch": batch, "ms": rounded, "gib": peak}
+        yield {"name": variant.name, "compiled": variant.compiled, "batch": batch, "ms": rounded, "gib": peak}
 
     def _steps(self, variant: Variant, ids: Tensor) -> tuple[list[float], float | None]:
         if variant.compiled and variant.graph_breaks is None:
