@@ -1,6 +1,7 @@
-"""This project's own studies, one after the other, from local data, for as long as a machine is there.
+"""This project's own studies, one after the other or several at once, from local data, as long as a machine is there.
 
     python benchmarks/studies.py --data DATA --minutes 9 --jobs 8 smollm2-gsm8k/methods minilm-glue/mrpc
+    python benchmarks/studies.py --data DATA --minutes 9 --jobs 2 --together 4 smollm2-tasks/{boolq,obqa,arc-easy}
     python benchmarks/studies.py --list
 
 DATA has math/, commonsense/, glue/ and vision/ with the files that `words` names. Runs of docs/results/known/NAME.jsonl
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -110,7 +112,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--data", default="../shared/data")
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--jobs", type=int, help="runs at a time, of each study")
+    parser.add_argument("--together", type=int, default=1, help="studies at a time: one that searches makes few runs")
     parser.add_argument("--known", default="docs/results/known")
     parser.add_argument("--set", action="append", default=[], dest="more", metavar="KEY=VALUE")
     given = parser.parse_args()
@@ -119,21 +122,36 @@ def main() -> int:
     if given.list or wrong or not given.names:
         print("\n".join([*(f"unknown: {name}" for name in wrong), *studies]))
         return 1 if wrong else 0
-    ends, worst = time.monotonic() + 60 * given.minutes, 0
-    for name in given.names:
-        left = (ends - time.monotonic()) / 60
-        if left <= 0:
-            break
-        if name == "minilm-glue/rte" and not (ROOT / MNLI / "results.json").is_file():
-            train_mnli(given.data)
-        kept, folder = ROOT / known / f"{file_name(name)}.jsonl", f"studies/{file_name(name)}"
-        more = ["--known", str(kept)] if kept.is_file() else []
-        more += ["--jobs", str(given.jobs)] if given.jobs else []
-        about = [*sets([*words(name, given.data), *given.more]), "--data", given.data]
-        about += ["--output", folder, "--minutes", f"{left:.2f}"]
-        study, made = str(studies[name].relative_to(ROOT)), ROOT / folder / "runs.jsonl"
-        worst = max(worst, corelora("compare", study, *about, *more, meanwhile=partial(keep, made, kept)))
-    return worst
+    ends = time.monotonic() + 60 * given.minutes
+    with ThreadPoolExecutor(given.together) as pool:
+        return max(pool.map(lambda name: compare(name, studies[name], known, ends, given), given.names))
+
+
+def compare(name: str, file: Path, known: Path, ends: float, given: argparse.Namespace) -> int:
+    """Go on with one study.
+
+    Args:
+        name: of the study.
+        file: its file.
+        known: the folder of kept runs, relative to the project's.
+        ends: when there is no more time, of the monotonic clock.
+        given: what the command was given.
+
+    Returns:
+        The exit code.
+    """
+    left = (ends - time.monotonic()) / 60
+    if left <= 0:
+        return 0
+    if name == "minilm-glue/rte" and not (ROOT / MNLI / "results.json").is_file():
+        train_mnli(given.data)
+    kept, folder = ROOT / known / f"{file_name(name)}.jsonl", f"studies/{file_name(name)}"
+    more = ["--known", str(kept)] if kept.is_file() else []
+    more += ["--jobs", str(given.jobs)] if given.jobs else []
+    about = [*sets([*words(name, given.data), *given.more]), "--data", given.data]
+    about += ["--output", folder, "--minutes", f"{left:.2f}"]
+    made = ROOT / folder / "runs.jsonl"
+    return corelora("compare", str(file.relative_to(ROOT)), *about, *more, meanwhile=partial(keep, made, kept))
 
 
 if __name__ == "__main__":

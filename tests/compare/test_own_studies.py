@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -71,6 +72,14 @@ def test_the_commands_that_it_runs(monkeypatch, tmp_path, capsys):
     assert studies.main() == 1
     assert "unknown: smollm2-gsm8k/method\n" in capsys.readouterr().out
     assert len(made) == 1
+
+
+def test_several_studies_at_once(monkeypatch):
+    """One waits for the other; the worst exit code is the script's."""
+    both = Barrier(2, timeout=30)
+    monkeypatch.setattr(studies, "corelora", lambda *words, meanwhile: both.wait() * 0 + ("boolq" in words[1]))
+    monkeypatch.setattr("sys.argv", ["studies.py", "--together", "2", "smollm2-tasks/boolq", "smollm2-tasks/obqa"])
+    assert studies.main() == 1
 
 
 def test_runs_are_taken_over_as_they_come(tmp_path):
