@@ -62,6 +62,11 @@ def base_products(layers: Sequence[Layer], dx: Tensor | None) -> Tensor:
     return dx
 
 
+def thin(m: Layer) -> tuple[Tensor, Tensor]:
+    """V and dL of one layer."""
+    return m.dy @ m.L, m.dy.t() @ m.F
+
+
 def apart(layers: Sequence[Layer], R: Tensor) -> object:
     """All V, then dx, then all dL."""
     H = torch.cat([m.dy @ m.L for m in layers], dim=1)
@@ -70,7 +75,7 @@ def apart(layers: Sequence[Layer], R: Tensor) -> object:
 
 def pairs(layers: Sequence[Layer], R: Tensor) -> object:
     """V and dL of one layer after the other, then dx."""
-    both = [(m.dy @ m.L, m.dy.t() @ m.F) for m in layers]
+    both = [thin(m) for m in layers]
     return base_products(layers, torch.cat([V for V, _ in both], dim=1) @ R), both
 
 
@@ -91,7 +96,7 @@ def thrice(layers: Sequence[Layer], R: Tensor) -> object:
     """V, dL and the base's product of one layer after the other, then the adapters' part of dx."""
     dx, both = None, []
     for m in layers:
-        both.append((m.dy @ m.L, m.dy.t() @ m.F))
+        both.append(thin(m))
         dx = base_products([m], dx)
     assert dx is not None
     return dx.addmm_(torch.cat([V for V, _ in both], dim=1), R), both

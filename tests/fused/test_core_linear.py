@@ -72,6 +72,12 @@ def edit_from(request, monkeypatch):
     monkeypatch.setattr(products, "EDIT_FROM", request.param)
 
 
+def kept_by(maker: FormMaker) -> list[Tensor]:
+    """The tensors that a maker keeps between passes."""
+    found = [value if isinstance(value, tuple) else (value,) for value in vars(maker).values()]
+    return [one for several in found for one in several if isinstance(one, Tensor)]
+
+
 def _maker(layer: CoreLoraLayer) -> FormMaker:
     return FormMaker(layer.cores["default"], layer.factors("default"), layer.scaling["default"])
 
@@ -342,13 +348,9 @@ def test_compiled_code_keeps_no_tensor(method, monkeypatch):
     layer = _layer(method, "default", {}, torch.float32)
     made, prepare = [], FormMaker.prepare
 
-    def kept(maker):
-        found = [value if isinstance(value, tuple) else (value,) for value in vars(maker).values()]
-        return [one for several in found for one in several if isinstance(one, torch.Tensor)]
-
     def prepared(maker):
         prepare(maker)
-        made.extend(kept(maker))
+        made.extend(kept_by(maker))
 
     monkeypatch.setattr(FormMaker, "prepare", prepared)
     set_fast("on")
@@ -356,7 +358,7 @@ def test_compiled_code_keeps_no_tensor(method, monkeypatch):
     torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
     [maker] = layer._makers.values()
     assert made or method in ("slora", "nora")
-    assert [id(t) for t in kept(maker)] == [id(t) for t in made]
+    assert [id(t) for t in kept_by(maker)] == [id(t) for t in made]
     assert torch.isfinite(layer(x)).all()
     assert list(layer._makers.values()) == [maker]
 

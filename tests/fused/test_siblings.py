@@ -18,7 +18,7 @@ from corelora.kernels import form, groups, mixed, products, siblings
 from corelora.kernels.fast import set_fast
 from corelora.kernels.products import Order
 from corelora.registry import METHODS, OUTERS
-from fused.test_core_linear import CASES, _close
+from fused.test_core_linear import CASES, _close, kept_by
 
 
 class Attention(nn.Module):
@@ -136,21 +136,23 @@ def test_leading_columns_are_put_back_once_for_all(method, extra, times, monkeyp
 
 @pytest.mark.parametrize("used", ["qkv", "kv"])
 def test_orthonormal_slices_go_through_their_transforms_together(used):
-    """Two batched products a pass, also where a part of the group is asked for."""
+    """Two batched products a pass, also where a part of the group is asked for; nothing relies on their symmetry."""
     model, x = adapted("inttune", slice_scale="orthonormal"), torch.randn(4, 37)
     grouped(model, x)
+    check(model, x, used=used)
     layers = [getattr(model, name) for name in used]
     makers = [layer.form_maker(x) for layer in layers]
     cores = [maker.make()[2:4] for maker in makers]
     gradient = torch.randn(len(used), 8, 8)
-    for _ in range(2):
+    for own in (True, False):
+        for maker in () if own else makers:
+            maker.mixers = torch.randn(8, 8), torch.randn(8, 8)
         found = mixed.expand_all(makers, cores), mixed.collapse_all(makers, gradient, cores)
         assert makers[0].stacked_mixers is not None
         for n, (maker, core) in enumerate(zip(makers, cores, strict=True)):
             torch.testing.assert_close(found[0][n], maker.expand(*core))
             torch.testing.assert_close(found[1][n], maker.collapse(gradient[n], *core))
             assert makers[0].stacked_mixers[2][n] is maker.mixers
-    check(model, x, used=used)
 
 
 @pytest.mark.parametrize(("method", "variant", "extra"), CASES, ids=str)
@@ -160,19 +162,14 @@ def test_a_recording_keeps_nothing(method, variant, extra, monkeypatch):
     model, x = adapted(method, variant, **extra), torch.randn(3, 5, 37)
     outcome(model, x)  # apart; the next pass is together, and recorded
     makers = [maker for layer in (model.q, model.k, model.v) if (maker := layer.form_maker(x)) is not None]
-    before = kept_by(makers)
+    kept = lambda: {tensor.data_ptr() for maker in makers for tensor in kept_by(maker)}  # noqa: E731
+    before = kept()
     with monkeypatch.context() as patch:
         patch.setattr(mixed, "is_recording", lambda like: True)
         check(model, x)
-        assert kept_by(makers) == before
+        assert kept() == before
     check(model, x)
-    assert before <= kept_by(makers)
-
-
-def kept_by(makers) -> set[int]:
-    """The tensors that makers keep between passes, by where they are."""
-    found = [value if isinstance(value, tuple) else (value,) for maker in makers for value in vars(maker).values()]
-    return {one.data_ptr() for several in found for one in several if isinstance(one, Tensor)}
+    assert before <= kept()
 
 
 @pytest.mark.parametrize("used", ["qkv", "kv", "q"])

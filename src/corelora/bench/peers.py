@@ -27,7 +27,8 @@ from corelora.spec import SLICE_SCALES
 BASE = "base"
 PATHS = {"fast": "on", "reference": "off"}
 FORMS = {**PATHS, "folded": "on", **dict.fromkeys(SLICE_SCALES, "on")}
-ENDINGS = {"fast": "", "reference": ", plain modules", "none": ", raw slices"}  # of titles, where it isn't the form
+SLICES = {scale: f", {scale} slices" for scale in SLICE_SCALES} | {"none": ", raw slices"}
+ENDINGS = {"fast": "", "reference": ", plain modules", "folded": ", folded", **SLICES}  # of titles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +107,9 @@ def find_peer(name: str) -> Peer:
     if method not in METHODS:
         raise CoreLoraError(unknown_name("method or peer", name, [*PEERS, *METHODS]))
     path = path or "fast"
-    extra = {"slice_scale": path} if path in SLICE_SCALES else {}
+    extra = {"slice_scale": path} if path in SLICES else {}
     return Peer(
-        title=METHODS[method].title + ENDINGS.get(path, f", {path} slices" if extra else f", {path}"),
+        title=METHODS[method].title + ENDINGS[path],
         adapt=lambda model, ranks: adapt_core(model, method, ranks, **extra),
         mode=FORMS[path],
         family="corelora",

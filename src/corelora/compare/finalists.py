@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from corelora.compare.expand import Planned, final_run
-from corelora.compare.leaders import Leader, leaders
+from corelora.compare.leaders import Leader, by_setting, leaders
 from corelora.compare.standing import Standing
 from corelora.compare.study import EVALUATED, Group, label
 
@@ -13,18 +13,24 @@ from corelora.compare.study import EVALUATED, Group, label
 def finalists(group: Group, runs: Sequence[Standing], score: str, lower: bool) -> list[Planned]:
     """The finalists' runs: the best settings, and those that stay whatever came out, each with every seed.
 
+    None of a setting before its own first runs have all ended; where only the best ones are finalists, before all have.
     Where the finalists have keys of their own, the first seeds are run again with them. Only finalists are evaluated,
     so where an evaluation's score decides, they are chosen by their training loss.
 
     Args:
         group: of the study.
-        runs: of its first seeds, none of them missing.
+        runs: of its first seeds that are asked for so far.
         score: the deciding figure.
         lower: whether lower is better.
     """
-    assert group.finalists is not None
+    if group.finalists is None:
+        return []
+    settings = by_setting(group, runs).values()
+    ended = [own for own in settings if all(run.state != "missing" for run in own)]
+    if group.finalists.top is not None and len(ended) < len(settings):
+        return []
     by, low = ("train_loss", True) if score.startswith(EVALUATED) else (score, lower)
-    ranked = [leader for leader in leaders(group, runs, by, low) if leader.runs]
+    ranked = [leader for leader in leaders(group, [run for own in ended for run in own], by, low) if leader.runs]
     chosen = ranked[: group.finalists.top]
     chosen += [x for x in ranked if x not in chosen and any(_is(x, wanted) for wanted in group.finalists.always)]
     keys, more = group.finalists.set, group.finalists.seeds

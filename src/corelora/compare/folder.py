@@ -13,7 +13,6 @@ import yaml
 
 from corelora.compare.expand import Planned, expand
 from corelora.compare.finalists import finalists
-from corelora.compare.leaders import by_setting
 from corelora.compare.parts import kept_in
 from corelora.compare.search import asked
 from corelora.compare.standing import Standing, stand_all
@@ -64,18 +63,8 @@ class StudyFolder:
         return asked(group, stand_all(self.first[group.name], self.root), *self.study.score_of(group))
 
     def finalists(self, group: Group) -> list[Planned]:
-        """The finalists' runs, every seed; none of a setting before its own first runs have all ended.
-
-        Where only the best ones are finalists, none before all of the group's have.
-        """
-        if group.finalists is None:
-            return []
-        settings = list(by_setting(group, self.asked(group)).values())
-        ended = [runs for runs in settings if all(s.state != "missing" for s in runs)]
-        if group.finalists.top is not None and len(ended) < len(settings):
-            return []
-        score, lower = self.study.score_of(group)
-        return finalists(group, [s for runs in ended for s in runs], score, lower)
+        """The finalists' runs, every seed, as far as the group's first runs say."""
+        return finalists(group, self.asked(group), *self.study.score_of(group))
 
     def standings(self) -> dict[str, list[Standing]]:
         """What is known of each group's runs, finalists too."""

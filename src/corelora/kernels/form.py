@@ -105,6 +105,11 @@ def _writes_wide(dtype: torch.dtype) -> bool:
     return True
 
 
+def between(left: Tensor, right: Tensor, G: Tensor, transposed: bool = False) -> Tensor:
+    """left G right, or the transpose of that map; of one G, or of several along the first of three dimensions."""
+    return left.mT @ G @ right.mT if transposed else left @ G @ right
+
+
 def is_serial(core: CoreAdapter) -> bool:
     """Whether the adapter is one chain of factors: parallel cores have no such form here."""
     return all(isinstance(stage, str) for stage in core.stages)
@@ -295,8 +300,7 @@ class FormMaker:
         """G with the slices' transforms and the scale in it; or the transpose of that map."""
         if not self.mixes:
             return G * self._scaling(G)
-        left, right = self.mixing(G)
-        return left.t() @ G @ right.t() if transposed else left @ G @ right
+        return between(*self.mixing(G), G, transposed)
 
     def _scaling(self, like: Tensor | None) -> Tensor:
         """[q,p]: what each entry of G is multiplied by; ones where nothing is."""
@@ -335,7 +339,7 @@ class FormMaker:
     def mixing(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """[q,q], with the scale in it, and [p,p]: the transforms [r,r] of orthonormal slices, as blocks on a diagonal.
 
-        left G right^T is what stands between the plain slices.
+        What stands between the plain slices is `between` these.
         """
         kept = self.mixers
         if kept is None or any(t.device != like.device or t.dtype != like.dtype for t in kept):

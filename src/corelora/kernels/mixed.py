@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from corelora.kernels.branches import is_recording
-from corelora.kernels.form import FormMaker
+from corelora.kernels.form import FormMaker, between
 
 Core = tuple[Tensor | None, Tensor | None]  # C and D of a form
 
@@ -28,8 +28,7 @@ def expand_all(makers: Sequence[FormMaker], cores: Sequence[Core]) -> list[Tenso
     found = _same_cores(makers, [C for C, _ in cores])
     if found is None:
         return [maker.expand(*core) for maker, core in zip(makers, cores, strict=True)]
-    left, right = _transforms(makers, found[0])
-    return list((left @ torch.stack(found) @ right.transpose(1, 2)).unbind())
+    return list(between(*_transforms(makers, found[0]), torch.stack(found)).unbind())
 
 
 def collapse_all(
@@ -46,8 +45,7 @@ def collapse_all(
     if found is None or not isinstance(dG, Tensor):
         each = zip(makers, dG, cores, strict=True)
         return [(None, None) if d is None else maker.collapse(d, *core) for maker, d, core in each]
-    left, right = _transforms(makers, dG)
-    return [(dC, None) for dC in (left.transpose(1, 2) @ dG @ right).unbind()]
+    return [(dC, None) for dC in between(*_transforms(makers, dG), dG, transposed=True).unbind()]
 
 
 def _same_cores(makers: Sequence[FormMaker], cores: Sequence[Tensor | None]) -> list[Tensor] | None:
@@ -65,14 +63,12 @@ def _transforms(makers: Sequence[FormMaker], like: Tensor) -> tuple[Tensor, Tens
     A recording that kept them would leave later passes with memory of its own, and one that read kept ones would need
     them for good: it makes them anew, from each layer's, which stay.
     """
-    pairs = [maker.mixing(like) for maker in makers]
-    if is_recording(like):
-        left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
-        return left, right
+    pairs, records = [maker.mixing(like) for maker in makers], is_recording(like)
     kept = makers[0].stacked_mixers
-    if kept is not None and len(kept[2]) == len(pairs) and all(map(is_, kept[2], pairs)):
+    if not records and kept is not None and len(kept[2]) == len(pairs) and all(map(is_, kept[2], pairs)):
         return kept[:2]
     with torch.inference_mode(False):  # a later pass may train with them
         left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
-    makers[0].stacked_mixers = left, right, pairs
+    if not records:
+        makers[0].stacked_mixers = left, right, pairs
     return left, right
