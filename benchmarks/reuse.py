@@ -1,16 +1,24 @@
-"""In which order a backward pass reads the gradient dy[T,o] of each output: for V = dy L, for dL = dy^T F and for dx.
+"""In which order the passes of an adapter's layers read and write what is larger than the L2 cache.
 
     python benchmarks/reuse.py >> docs/results/reuse-h200.jsonl
 
-What is read twice in a row may still be in the L2 cache. `apart` is all V, then dx, then all dL; `pairs` V and dL of
-one layer after the other, then dx; `halves` likewise, each in two halves of the rows; `thrice` V, dL and the base's
-product of one layer after the other, then the adapters' part of dx. `base` is the base's products alone. LLaMA-2-7B's
-shapes with 8 x 512 tokens in bfloat16, r = 128, layers that read one input together, recorded as CUDA graphs. Prints
-one JSON object a group of layers: microseconds, medians of six turns of ten passes each, all orders in turns.
+Backward, where each dy[T,o] is read for V = dy L, for dL = dy^T F and for dx: `apart` is all V, then dx, then all dL;
+`beside` has the dL beside dx on other streams; `pairs` is V and dL of one layer after the other, then dx; `halves`
+likewise, each in two halves of the rows; `thrice` V, dL and the base's product of one layer after the other, then the
+adapters' part of dx. `base` is the base's products alone.
+
+Forward, from F[T,r] on: `first` writes F L^T and adds x W^T to it; `second` the other way round; `rows` is `first` in
+two halves of the rows; `columns` in two halves of each output's columns; `wide` copies x beside F and multiplies both
+with W beside L, as if those lay side by side in memory.
+
+LLaMA-2-7B's shapes with 8 x 512 tokens in bfloat16, r = 128, layers that read one input together, recorded as CUDA
+graphs. Prints one JSON object a group of layers and pass: microseconds, medians of six turns of ten passes each, all
+orders in turns.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,38 +28,55 @@ from branches import GROUPS, graph_of
 from torch import Tensor
 from turns import in_turns
 
+from corelora.kernels.branches import at_once
+
 TOKENS, RANK = 4096, 128
 
 
 @dataclass
 class Layer:
-    """dy[T,o] of one layer, its W[o,i], L[o,r] and F[T,r]."""
+    """x[T,i] and dy[T,o] of one layer, its W[o,i], L[o,r] and F[T,r], and [W L] in one."""
 
+    x: Tensor
     dy: Tensor
     W: Tensor
     L: Tensor
     F: Tensor
+    wide: Tensor
 
 
 def main() -> None:
     """Measure every group."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    options = parser.parse_args()
     for name, (i, widths) in GROUPS.items():
-        print(json.dumps({"layers": name, **measure(i, widths)}), flush=True)
+        layers, R = _layers(i, widths)
+        for which in options.passes:
+            times = in_turns({order: graph_of(work) for order, work in PASSES[which](layers, R).items()})
+            print(json.dumps({"layers": name, "pass": which, **times}), flush=True)
 
 
-def measure(i: int, widths: tuple[int, ...]) -> dict[str, float]:
-    """Microseconds of each order."""
+def _layers(i: int, widths: tuple[int, ...]) -> tuple[list[Layer], Tensor]:
+    """Layers on one x, and R of all."""
     new = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-    layers = [Layer(new(TOKENS, o), new(o, i), new(o, RANK), new(TOKENS, RANK)) for o in widths]
-    R = new(RANK * len(widths), i)
-    orders: dict[str, Callable[[Sequence[Layer], Tensor], object]] = {
-        "base": lambda layers, R: base_products(layers, None),
-        "apart": apart,
-        "pairs": pairs,
-        "halves": halves,
-        "thrice": thrice,
-    }
-    return in_turns({name: graph_of(lambda order=order: order(layers, R)) for name, order in orders.items()})  # type: ignore[misc]
+    x = new(TOKENS, i)
+    layers = []
+    for o in widths:
+        wide = new(o, i + RANK)
+        own = (wide[:, :i].contiguous(), new(o, RANK), new(TOKENS, RANK))
+        layers.append(Layer(x, new(TOKENS, o), *own, wide))
+    return layers, new(RANK * len(widths), i)
+
+
+Works = dict[str, Callable[[], object]]
+
+
+def backward(layers: Sequence[Layer], R: Tensor) -> Works:
+    """The orders of a backward pass."""
+    orders = {"apart": apart, "beside": beside, "pairs": pairs, "halves": halves, "thrice": thrice}
+    works: Works = {name: lambda order=order: order(layers, R) for name, order in orders.items()}  # type: ignore[misc]
+    return {"base": lambda: base_products(layers, None), **works}
 
 
 def base_products(layers: Sequence[Layer], dx: Tensor | None) -> Tensor:
@@ -67,16 +92,28 @@ def thin(m: Layer) -> tuple[Tensor, Tensor]:
     return m.dy @ m.L, m.dy.t() @ m.F
 
 
+def side_by_side(Vs: Sequence[Tensor]) -> Tensor:
+    """V of all layers as one matrix."""
+    return Vs[0] if len(Vs) == 1 else torch.cat(tuple(Vs), dim=1)
+
+
 def apart(layers: Sequence[Layer], R: Tensor) -> object:
     """All V, then dx, then all dL."""
-    H = torch.cat([m.dy @ m.L for m in layers], dim=1)
+    H = side_by_side([m.dy @ m.L for m in layers])
     return base_products(layers, H @ R), [m.dy.t() @ m.F for m in layers]
+
+
+def beside(layers: Sequence[Layer], R: Tensor) -> object:
+    """All V on streams of their own, then dx and all dL so."""
+    H = side_by_side(at_once([lambda m=m: m.dy @ m.L for m in layers], R))  # type: ignore[misc]
+    others = [lambda m=m: m.dy.t() @ m.F for m in layers]  # type: ignore[misc]
+    return at_once([lambda: base_products(layers, H @ R), *others], R)
 
 
 def pairs(layers: Sequence[Layer], R: Tensor) -> object:
     """V and dL of one layer after the other, then dx."""
     both = [thin(m) for m in layers]
-    return base_products(layers, torch.cat([V for V, _ in both], dim=1) @ R), both
+    return base_products(layers, side_by_side([V for V, _ in both]) @ R), both
 
 
 def halves(layers: Sequence[Layer], R: Tensor) -> object:
@@ -89,7 +126,7 @@ def halves(layers: Sequence[Layer], R: Tensor) -> object:
             dL = dy.t() @ F if dL is None else dL.addmm_(dy.t(), F)
         Vs.append(V)
         dLs.append(dL)
-    return base_products(layers, torch.cat(Vs, dim=1) @ R), dLs
+    return base_products(layers, side_by_side(Vs) @ R), dLs
 
 
 def thrice(layers: Sequence[Layer], R: Tensor) -> object:
@@ -99,7 +136,73 @@ def thrice(layers: Sequence[Layer], R: Tensor) -> object:
         both.append(thin(m))
         dx = base_products([m], dx)
     assert dx is not None
-    return dx.addmm_(torch.cat([V for V, _ in both], dim=1), R), both
+    return dx.addmm_(side_by_side([V for V, _ in both]), R), both
+
+
+def forward(layers: Sequence[Layer], R: Tensor) -> Works:
+    """The orders of a forward pass."""
+    orders = {"base": base, "first": first, "second": second, "rows": rows, "columns": columns, "beside": starts}
+    works: Works = {name: lambda order=order: order(layers) for name, order in orders.items()}  # type: ignore[misc]
+    return {**works, "wide": lambda: wide(layers)}
+
+
+def base(layers: Sequence[Layer]) -> object:
+    """The base's products alone."""
+    return [m.x @ m.W.t() for m in layers]
+
+
+def first(layers: Sequence[Layer]) -> object:
+    """F L^T, then the base's product added to it."""
+    return [(m.F @ m.L.t()).addmm_(m.x, m.W.t()) for m in layers]
+
+
+def starts(layers: Sequence[Layer]) -> object:
+    """The same, with the later layers' F L^T beside the first base product."""
+    y = layers[0].F @ layers[0].L.t()
+    calls = [lambda m=m: m.F @ m.L.t() for m in layers[1:]]  # type: ignore[misc]
+    ys = at_once([lambda: y.addmm_(layers[0].x, layers[0].W.t()), *calls], y)
+    return [y, *(start.addmm_(m.x, m.W.t()) for start, m in zip(ys[1:], layers[1:], strict=True))]
+
+
+def second(layers: Sequence[Layer]) -> object:
+    """The base's product, then F L^T added to it."""
+    return [(m.x @ m.W.t()).addmm_(m.F, m.L.t()) for m in layers]
+
+
+def rows(layers: Sequence[Layer]) -> object:
+    """`first` in two halves of the rows."""
+    ys = []
+    for m in layers:
+        y = torch.empty_like(m.dy)
+        for x, F, place in zip(m.x.chunk(2), m.F.chunk(2), y.chunk(2), strict=True):
+            torch.mm(F, m.L.t(), out=place)
+            place.addmm_(x, m.W.t())
+        ys.append(y)
+    return ys
+
+
+def columns(layers: Sequence[Layer]) -> object:
+    """`first` in two halves of the columns."""
+    ys = []
+    for m in layers:
+        y = torch.empty_like(m.dy)
+        for W, L, place in zip(m.W.chunk(2), m.L.chunk(2), y.chunk(2, dim=1), strict=True):
+            torch.mm(m.F, L.t(), out=place)
+            place.addmm_(m.x, W.t())
+        ys.append(y)
+    return ys
+
+
+def wide(layers: Sequence[Layer]) -> object:
+    """x and F in one matrix, times W and L in one."""
+    ys = []
+    for m in layers:
+        both = torch.cat((m.x, m.F), dim=1)
+        ys.append(both @ m.wide.t())
+    return ys
+
+
+PASSES: dict[str, Callable[[Sequence[Layer], Tensor], Works]] = {"forward": forward, "backward": backward}
 
 
 if __name__ == "__main__":

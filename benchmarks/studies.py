@@ -12,6 +12,7 @@ study's own folder is studies/NAME. RTE begins from MNLI: its first run here is 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+from joblib import cpu_count
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "recipes" / "studies"
@@ -123,6 +126,8 @@ def main() -> int:
         print("\n".join([*(f"unknown: {name}" for name in wrong), *studies]))
         return 1 if wrong else 0
     ends = time.monotonic() + 60 * given.minutes
+    # Each study takes the machine to be its own.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // given.together)))
     with ThreadPoolExecutor(given.together) as pool:
         return max(pool.map(lambda name: compare(name, studies[name], known, ends, given), given.names))
 

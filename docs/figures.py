@@ -36,7 +36,7 @@ def values() -> dict[str, float]:
     found = _noted()
     for path in RESULTS.glob("step-*.jsonl"):
         found |= _benched(path.stem)
-    return found | _steps(found) | _compiled() | _layers() | _decomposition() | _others()
+    return found | _steps(found) | _compiled() | _kernels() | _layers() | _decomposition() | _others()
 
 
 def shown(value: float, spec: str) -> str:
@@ -90,6 +90,24 @@ def _compiled() -> dict[str, float]:
     over = {r["name"]: r["ratio"] - 1 for r in lines("compiled-h200.jsonl") if r["kind"] == "result"}
     busier = {f"compiled-gpu-{name}": ms / rows["base"] - 1 for name, ms in rows.items()}
     return busier | {f"compiled-over-{name.replace(':', '-')}": value for name, value in over.items()}
+
+
+def _kernels() -> dict[str, float]:
+    """What kinds of kernels take of a compiled step, microseconds a block."""
+    variants = read("kernels-h200.json")["variants"]
+
+    def of(name: str, *parts: str) -> float:
+        return sum(row["us_a_layer"] for row in variants[name] if any(part in row["kernel"] for part in parts))
+
+    # x W^T, alone or added to what is there
+    wide = ("256x128_64x4_1x2_h_{}_coopA_TNT", "192x192_64x4_2x1_v_{}_coopB_TNN")
+    alone, added = ([part.format(end) for part in wide] for end in ("bz", "badd"))
+    over = {f"kernels-over-{name}": of(name, "") - of("base", "") for name in variants}
+    return over | {
+        "kernels-widen": of("slora", alone[0], "168x128_64x5_1x2_h_bz_TNN"),
+        "kernels-read": of("slora", *added) - of("base", *alone),
+        "kernels-optimiser": of("slora", "multi_tensor_apply"),
+    }
 
 
 def _layers() -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import figures
 from default_tables import defaults
 from key_tables import keys, recipe_parts, table
-from step_tables import batches, branches, compiled_runs, fsdp2, host, profile, step_again, step_together
+from step_tables import batches, branches, compiled_runs, fsdp2, host, profile, reuse, step_again, step_together
 from study_tables import dtd, known_answers, known_runs, minilm, rates, study, tuned
 
 import corelora
@@ -233,7 +233,7 @@ TABLES = {
     "plan": plan,
     "floors": floors,
     "step": bench("step", "step-h200.jsonl", largest=True),
-    "step-quiet": bench("step", "step-h200-quiet.jsonl"),
+    "step-nlora": bench("step", "step-h200-nlora.jsonl"),
     "batches": batches,
     "step-h100": bench("step", "step-h100.jsonl"),
     "step-h100-again": step_again,
@@ -241,6 +241,7 @@ TABLES = {
     "compiled-h200": bench("step", "compiled-h200.jsonl"),
     "compiled-runs": compiled_runs,
     "branches": branches,
+    "reuse": reuse,
     "profile-compiled": profile("profile-compiled-h200.json"),
     "profile-graphs": profile("profile-graphs-h200.json"),
     "host": host,

@@ -22,6 +22,7 @@ COMPILED = {
     "-second": "the same",
     "-third": "the same",
     "-fourth": "elementwise kernels untimed",
+    "-fifth": "the same",
     "": "the same",
 }
 COMPILED_NAMES = ("slora", "nlora:folded", "nora", "inttune")
@@ -90,6 +91,20 @@ def branches() -> str:
         sums[line["method"]] = [a + b for a, b in zip(sums.get(line["method"], [0.0, 0.0]), over, strict=True)]
     rows["all of a block"] = [" to ".join(f"{v:.0f}" for v in both) for both in sums.values()]
     return table(["layers", *(METHODS[name].title for name in sums)], [[name, *cells] for name, cells in rows.items()])
+
+
+def reuse() -> str:
+    """What the orders of a pass take over the base's products, all layers of a block together."""
+    sums: dict[str, dict[str, float]] = {}
+    for line in figures.lines("reuse-h200.jsonl"):
+        own = sums.setdefault(line["pass"], {})
+        for order in line.keys() - {"layers", "pass", "base"}:
+            own[order] = own.get(order, 0.0) + line[order] - line["base"]
+    rows = [
+        [name, ", ".join(f"{order} {over:.0f}" for order, over in sorted(found.items(), key=lambda e: e[1]))]
+        for name, found in sums.items()
+    ]
+    return table(["pass", "µs over the base's products, by order"], rows)
 
 
 def profile(name: str) -> Callable[[], str]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+import torch
+
 from compare.helpers import opened
+from corelora.compare import pool
 from corelora.compare.devices import Memory
-from corelora.compare.pool import Device, Task
+from corelora.compare.pool import Device, Task, threads_of
 from corelora.compare.session import planned_runs
 from corelora.compare.work import Work
 
@@ -67,3 +71,15 @@ class _Running:
 
     def __init__(self, task):
         self.task = task
+
+
+@pytest.mark.parametrize(
+    ("allowed", "said", "runs", "each"),
+    [(16, 96, 1, 16), (16, 96, 4, 4), (16, 2, 1, 2), (2, 96, 8, 1)],
+    ids=["all", "a share", "OMP_NUM_THREADS", "more runs than cores"],
+)
+def test_threads_are_a_share_of_what_may_be_used(monkeypatch, allowed, said, runs, each):
+    """Of a machine of 96 cores a container may use few: with a thread for each, runs would wait for one another."""
+    monkeypatch.setattr(pool, "cpu_count", lambda: allowed)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: said)
+    assert threads_of(runs) == each

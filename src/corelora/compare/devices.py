@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+from joblib import cpu_count
 from tqdm.auto import tqdm
 
 from corelora.compare.pool import Device, process_context
@@ -54,7 +54,7 @@ class Memory:
         keys = [without_rates(work.recipe) for work in works]
         new = {key: work.recipe for key, work in zip(keys, works, strict=True) if key not in self.known}
         if new:
-            count = min(len(new), os.cpu_count() or 1)
+            count = min(len(new), cpu_count())
             with ProcessPoolExecutor(count, mp_context=process_context()) as pool:
                 made = pool.map(estimate, new.values())
                 bar = tqdm(made, total=len(new), desc="memory", unit="setting", delay=2, leave=False)
@@ -84,7 +84,7 @@ def find_devices(jobs: int | None) -> list[Device]:
     if not torch.cuda.is_available():
         return [Device(number=None, free=float("inf"), most=jobs or 1)]
     count = torch.cuda.device_count()
-    most = jobs or max(1, (os.cpu_count() or 1) // (CORES * count))
+    most = jobs or max(1, cpu_count() // (CORES * count))
     return [Device(number=n, free=_room_of(n), most=most) for n in range(count)]
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+from joblib import cpu_count
 from tqdm.auto import tqdm
 
 from corelora.compare.standing import FAILED, LOG, write_failed
@@ -83,6 +85,18 @@ def process_context() -> Any:
     return context
 
 
+def threads_of(runs: int) -> int:
+    """CPU threads that each of some runs may take.
+
+    No more together than the container may use, whatever the machine has: threads that wait for one another's cores
+    make a run dozens of times slower. And no more each than torch takes here, which OMP_NUM_THREADS can say.
+
+    Args:
+        runs: at a time.
+    """
+    return max(1, min(torch.get_num_threads(), cpu_count() // runs))
+
+
 class Pool:
     """Works through tasks on devices.
 
@@ -95,7 +109,7 @@ class Pool:
     def __init__(self, devices: Sequence[Device], say: Callable[[Task], None], until: float = math.inf) -> None:
         self.devices, self.say, self.until = list(devices), say, until
         self.margin = 1.0  # over what is expected of each run
-        self.threads = max(1, (os.cpu_count() or 1) // sum(d.most for d in self.devices))
+        self.threads = threads_of(sum(d.most for d in self.devices))
         self.context = process_context()
 
     def run(self, tasks: Sequence[Task], more: Callable[[], Sequence[Task]] = tuple) -> None:

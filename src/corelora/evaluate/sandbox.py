@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from joblib import cpu_count
 from tqdm.auto import tqdm
 
 from corelora.errors import CoreLoraError
@@ -124,7 +125,7 @@ def run_programs(
         programs: what to run.
         limits: for each of them.
         kind: as `require_sandbox` answered; found if None.
-        workers: programs at one time; the number of CPUs if None.
+        workers: programs at one time; if None as many as there are CPUs, of those that the container may use.
         desc: label of the progress bar.
 
     Returns:
@@ -135,7 +136,7 @@ def run_programs(
     """
     bench = _Bench(kind or require_sandbox(), limits or Limits())
     try:
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool, tqdm(total=len(programs), desc=desc) as bar:
+        with ThreadPoolExecutor(workers or cpu_count()) as pool, tqdm(total=len(programs), desc=desc) as bar:
 
             def one(program: Program) -> Outcome:
                 outcome = bench.judged(program)
