@@ -51,13 +51,13 @@ def main() -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     options = parser.parse_args()
     for name, (i, widths) in GROUPS.items():
-        layers, R = _layers(i, widths)
+        layers, R = layers_of(i, widths)
         for which in options.passes:
             times = in_turns({order: graph_of(work) for order, work in PASSES[which](layers, R).items()})
             print(json.dumps({"layers": name, "pass": which, **times}), flush=True)
 
 
-def _layers(i: int, widths: tuple[int, ...]) -> tuple[list[Layer], Tensor]:
+def layers_of(i: int, widths: tuple[int, ...]) -> tuple[list[Layer], Tensor]:
     """Layers on one x, and R of all."""
     new = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     x = new(TOKENS, i)
