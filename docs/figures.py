@@ -107,6 +107,11 @@ def _kernels() -> dict[str, float]:
         "kernels-widen": of("slora", alone[0], "168x128_64x5_1x2_h_bz_TNN"),
         "kernels-read": of("slora", *added) - of("base", *alone),
         "kernels-optimiser": of("slora", "multi_tensor_apply"),
+        "first-layer": next(
+            line["base"]
+            for line in lines("reuse-h200.jsonl")
+            if line["layers"] == "q k v" and line["pass"] == "backward"
+        ),
     }
 
 

@@ -58,6 +58,18 @@ def test_shapes_are_the_models(model, parameters):
     assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("layers", "passed"), [(None, {"base"}), (1, {"base", "slora"})])
+def test_some_layers_pass_a_gradient_to_their_input(layers, passed):
+    """As in the middle of a model: the first layer of a whole one spares an adapter that, and never the base."""
+    measured = bench(names=("slora",), layers=layers)
+    seen = {}
+    for variant in measured.variants:
+        first = variant.model.model.layers[0].self_attn.q_proj
+        first.register_forward_pre_hook(lambda _, args, name=variant.name: seen.update({name: args[0].requires_grad}))
+        variant.step(measured.ids[:1])
+    assert {name for name, needs in seen.items() if needs} == passed
+
+
 def test_fewer_layers():
     """--layers cuts the model and what its config lists for each layer."""
     assert len(random_model(shape_config("tiny", 1), "cpu", torch.float32).model.layers) == 1

@@ -46,7 +46,8 @@ class StepRequest:
     Attributes:
         names: of peers and methods (peers.py); the base is always measured.
         model: a name of shapes.SHAPES, or where a config is.
-        layers: another number of layers than the model's.
+        layers: another number of layers than the model's. They stand for as many in its middle: adapters pass on
+            a gradient to the input, too, which the first layer of a whole model spares them.
         batches: sequences in a batch, one or several.
         length: tokens in a sequence.
         r, k: ranks.
@@ -112,6 +113,7 @@ class Variant:
     Attributes:
         model: what is called: the inner causal language model, adapters inside.
         optimizer: None where nothing learns.
+        passes: a gradient goes to the input, too: always where nothing learns.
         own: the tensors that are not the base model's.
         stays: on its device between visits: a recorded graph reads its tensors where they were.
         graph_breaks: reasons that torch.compile gave for breaking the graph, each with a count; None where eager.
@@ -122,6 +124,7 @@ class Variant:
     compiled: bool
     model: Any
     optimizer: torch.optim.Optimizer | None
+    passes: bool = False
     own: list[Tensor] = field(default_factory=list)
     stays: bool = False
     graph_breaks: dict[str, int] | None = None
@@ -163,13 +166,13 @@ class Variant:
 
     def step(self, ids: Tensor) -> None:
         """Forward, backward and, where something learns, the optimiser."""
-        if self.optimizer is None:
-            inputs = self.model.get_input_embeddings()(ids).detach().requires_grad_(True)
-            self.model(inputs_embeds=inputs, labels=ids).loss.backward()
-            return
-        self.model(input_ids=ids, labels=ids).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        given: dict[str, Tensor] = {"input_ids": ids}
+        if self.passes:
+            given = {"inputs_embeds": self.model.get_input_embeddings()(ids).detach().requires_grad_(True)}
+        self.model(**given, labels=ids).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 class StepBench:
@@ -227,7 +230,8 @@ class StepBench:
         shared = {id(t) for t in (*self.base.parameters(), *self.base.buffers())}
         own = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in shared]
         stays = compiled and request.compile_mode in RECORDED and self.device.is_gpu
-        variant = Variant(name, peer, compiled, model, optimizer, own, stays)
+        passes = optimizer is None or request.layers is not None
+        variant = Variant(name, peer, compiled, model, optimizer, passes, own, stays)
         variant.move("cpu")
         self.device.tidy()
         return variant

@@ -52,7 +52,7 @@ def _add_shapes(parser: argparse.ArgumentParser, model: str, names: tuple[str, .
     add = parser.add_argument
     shapes = ", ".join(SHAPES)
     add("--model", default=model, help=f"{shapes}, a model's folder or config.json (%(default)s)")
-    add("--layers", type=int, help="decoder layers, to fit or to try (the model's)")
+    add("--layers", type=int, help="decoder layers, to fit or to try, as if from the middle (the model's)")
     add("--methods", default=",".join(names), metavar="NAMES", help=f"{NAMES_HELP} (%(default)s)")
     add("--rank", type=int, default=128, metavar="R", help="outer rank (%(default)s)")
     add("--inner-rank", type=int, metavar="K", help="inner rank of nested cores (a quarter of R)")
