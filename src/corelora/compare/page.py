@@ -32,6 +32,7 @@ from corelora.compare.tables import (
 from corelora.train.folder import write_text
 
 HERE = Path(__file__).parent
+WORDS = 48  # characters of a cell, from which its column is of sentences
 
 
 def report_study(folder: StudyFolder) -> list[Path]:
@@ -105,8 +106,12 @@ def _questions(folder: StudyFolder, led: Sequence[Led]) -> str:
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(h)}</th>" for h in headers)
-    body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    # Columns of sentences are read, not compared: they break into lines.
+    longest = [max((len(row[at]) for row in rows), default=0) for at in range(len(headers))]
+    kinds = [' class="words"' if length > WORDS else "" for length in longest]
+    head = "".join(f"<th{kind}>{_text(h)}</th>" for h, kind in zip(headers, kinds, strict=True))
+    cells = ("".join(f"<td{kind}>{_text(c)}</td>" for c, kind in zip(row, kinds, strict=True)) for row in rows)
+    body = "".join(f"<tr>{own}</tr>" for own in cells)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
