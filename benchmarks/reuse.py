@@ -7,8 +7,9 @@ Backward, where each dy[T,o] is read for V = dy L, for dL = dy^T F and for dx: `
 likewise, each in two halves of the rows; `thrice` V, dL and the base's product of one layer after the other, then the
 adapters' part of dx. `base` is the base's products alone.
 
-Forward, from F[T,r] on: `first` writes F L^T and adds x W^T to it; `second` the other way round; `rows` is `first` in
-two halves of the rows; `columns` in two halves of each output's columns; `wide` copies x beside F and multiplies both
+Forward, from F[T,r] on: `first` writes F L^T and adds x W^T to it, `beside` likewise with the later layers' F L^T on
+other streams; `second` is the other way round; `rows` is `first` in two halves of the rows and `columns` of each
+output's columns, as blocks.py has them; `wide` copies x beside F and multiplies both
 with W beside L, as if those lay side by side in memory.
 
 LLaMA-2-7B's shapes with 8 x 512 tokens in bfloat16, r = 128, layers that read one input together, recorded as CUDA
@@ -18,12 +19,12 @@ orders in turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from blocks import in_columns, in_rows
 from branches import GROUPS, graph_of
 from torch import Tensor
 from turns import in_turns
@@ -47,13 +48,10 @@ class Layer:
 
 def main() -> None:
     """Measure every group."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    options = parser.parse_args()
     for name, (i, widths) in GROUPS.items():
         layers, R = layers_of(i, widths)
-        for which in options.passes:
-            times = in_turns({order: graph_of(work) for order, work in PASSES[which](layers, R).items()})
+        for which, orders in {"forward": forward, "backward": backward}.items():
+            times = in_turns({order: graph_of(work) for order, work in orders(layers, R).items()})
             print(json.dumps({"layers": name, "pass": which, **times}), flush=True)
 
 
@@ -171,26 +169,12 @@ def second(layers: Sequence[Layer]) -> object:
 
 def rows(layers: Sequence[Layer]) -> object:
     """`first` in two halves of the rows."""
-    ys = []
-    for m in layers:
-        y = torch.empty_like(m.dy)
-        for x, F, place in zip(m.x.chunk(2), m.F.chunk(2), y.chunk(2), strict=True):
-            torch.mm(F, m.L.t(), out=place)
-            place.addmm_(x, m.W.t())
-        ys.append(y)
-    return ys
+    return [in_rows(m.x, m.F, m.L.t(), m.W.t(), 2) for m in layers]
 
 
 def columns(layers: Sequence[Layer]) -> object:
     """`first` in two halves of the columns."""
-    ys = []
-    for m in layers:
-        y = torch.empty_like(m.dy)
-        for W, L, place in zip(m.W.chunk(2), m.L.chunk(2), y.chunk(2, dim=1), strict=True):
-            torch.mm(m.F, L.t(), out=place)
-            place.addmm_(m.x, W.t())
-        ys.append(y)
-    return ys
+    return [in_columns(m.x, m.F, m.L.t(), m.W.t(), 2) for m in layers]
 
 
 def wide(layers: Sequence[Layer]) -> object:
@@ -200,9 +184,6 @@ def wide(layers: Sequence[Layer]) -> object:
         both = torch.cat((m.x, m.F), dim=1)
         ys.append(both @ m.wide.t())
     return ys
-
-
-PASSES: dict[str, Callable[[Sequence[Layer], Tensor], Works]] = {"forward": forward, "backward": backward}
 
 
 if __name__ == "__main__":

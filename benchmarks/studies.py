@@ -88,10 +88,14 @@ def sets(given: list[str]) -> list[str]:
     return [f"--set={text}" for text in given]
 
 
-def corelora(*given: str, meanwhile: Callable[[], None] = lambda: None) -> int:
-    """Run one command of this project's, its output as it comes; `meanwhile` is called every second, and afterwards."""
+def corelora(*given: str, meanwhile: Callable[[], None] = lambda: None, together: int = 1) -> int:
+    """Run one command of this project's, its output as it comes; `meanwhile` is called every second, and afterwards.
+
+    Each command takes the machine to be its own: it is told of its share of the cores, one of `together`.
+    """
     print("corelora", *given, flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "corelora", *given], cwd=ROOT)
+    share = {"LOKY_MAX_CPU_COUNT": str(max(1, cpu_count() // together))}  # joblib's name for it
+    process = subprocess.Popen([sys.executable, "-m", "corelora", *given], cwd=ROOT, env=os.environ | share)
     while process.poll() is None:
         time.sleep(1)
         meanwhile()
@@ -126,8 +130,6 @@ def main() -> int:
         print("\n".join([*(f"unknown: {name}" for name in wrong), *studies]))
         return 1 if wrong else 0
     ends = time.monotonic() + 60 * given.minutes
-    # Each study takes the machine to be its own.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // given.together)))
     with ThreadPoolExecutor(given.together) as pool:
         return max(pool.map(lambda name: compare(name, studies[name], known, ends, given), given.names))
 
@@ -156,7 +158,8 @@ def compare(name: str, file: Path, known: Path, ends: float, given: argparse.Nam
     about = [*sets([*words(name, given.data), *given.more]), "--data", given.data]
     about += ["--output", folder, "--minutes", f"{left:.2f}"]
     made = ROOT / folder / "runs.jsonl"
-    return corelora("compare", str(file.relative_to(ROOT)), *about, *more, meanwhile=partial(keep, made, kept))
+    command = ("compare", str(file.relative_to(ROOT)), *about, *more)
+    return corelora(*command, meanwhile=partial(keep, made, kept), together=given.together)
 
 
 if __name__ == "__main__":

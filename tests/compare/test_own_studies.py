@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_kept_runs_are_runs_of_their_study(path, tmp_path):
 def test_the_commands_that_it_runs(monkeypatch, tmp_path, capsys):
     """One `compare` a study, with what is known, within the minutes that are left; unknown names run nothing."""
     made = []
-    monkeypatch.setattr(studies, "corelora", lambda *words, meanwhile: made.append(words) or 0)
+    monkeypatch.setattr(studies, "corelora", lambda *words, **keys: made.append(words) or 0)
     name = "smollm2-gsm8k/methods"
     monkeypatch.setattr("sys.argv", ["studies.py", "--minutes", "5", "--jobs", "3", "--set", "loop.steps=2", name])
     assert studies.main() == 0
@@ -77,9 +78,20 @@ def test_the_commands_that_it_runs(monkeypatch, tmp_path, capsys):
 def test_several_studies_at_once(monkeypatch):
     """One waits for the other; the worst exit code is the script's."""
     both = Barrier(2, timeout=30)
-    monkeypatch.setattr(studies, "corelora", lambda *words, meanwhile: both.wait() * 0 + ("boolq" in words[1]))
+    monkeypatch.setattr(studies, "corelora", lambda *words, **keys: both.wait() * 0 + ("boolq" in words[1]))
     monkeypatch.setattr("sys.argv", ["studies.py", "--together", "2", "smollm2-tasks/boolq", "smollm2-tasks/obqa"])
     assert studies.main() == 1
+
+
+@pytest.mark.parametrize(("together", "cores"), [(1, "8"), (3, "2"), (9, "1")])
+def test_each_of_several_studies_has_a_share_of_the_cores(monkeypatch, together, cores):
+    """What joblib counts in its process, and with it the threads of its runs."""
+    given = []
+    ended = SimpleNamespace(poll=lambda: 0, returncode=0)
+    monkeypatch.setattr(studies, "cpu_count", lambda: 8)
+    monkeypatch.setattr(studies.subprocess, "Popen", lambda words, *, env, **keys: given.append(env) or ended)
+    assert studies.corelora("compare", together=together) == 0
+    assert given[0]["LOKY_MAX_CPU_COUNT"] == cores
 
 
 def test_runs_are_taken_over_as_they_come(tmp_path):

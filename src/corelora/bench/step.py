@@ -124,7 +124,7 @@ class Variant:
     compiled: bool
     model: Any
     optimizer: torch.optim.Optimizer | None
-    passes: bool = False
+    passes: bool
     own: list[Tensor] = field(default_factory=list)
     stays: bool = False
     graph_breaks: dict[str, int] | None = None
